@@ -1,0 +1,320 @@
+"""The run directory: what a quantization run leaves behind, and what resuming it checks.
+
+``run.json`` (model, hashes, environment, status), ``recipe.yaml`` (resolved), ``float.pt2`` (the float
+network as captured), ``blocks/NNN-NAME.safetensors`` with ``.json`` (learned state and loss curve, written
+as each block finishes), ``metrics.json``, ``log.txt``. Every write replaces the file in one step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import platform
+import re
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from metaaug_cli.blocks import Block, Chain
+from metaaug_cli.config import Recipe, load_recipe
+from metaaug_cli.errors import InputError, RecipeError, UsageError
+from metaaug_cli.files import write_atomically
+from metaaug_cli.manifest import Manifest, package_versions
+from metaaug_cli.preprocessing import Preprocessing
+from metaaug_cli.pt2_archive import load_program
+from metaaug_cli.reconstruct import BlockHistory
+
+SCHEMA_VERSION = 1
+RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE = (
+    "run.json",
+    "recipe.yaml",
+    "float.pt2",
+    "metrics.json",
+    "log.txt",
+    "model.onnx",
+)
+_MEANING = {
+    "recipe": "the recipe",
+    "weights": "the model's weights",
+    "graph": "the model's code",
+    "calibration": "the calibration set",
+}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Hashes of everything that decides the result; a run resumes only where all four are the same."""
+
+    recipe: str
+    weights: str
+    graph: str
+    calibration: str
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What ``run.json`` holds besides status and environment."""
+
+    model: str
+    weights: str
+    preprocessing: dict[str, Any]
+    num_outputs: int
+    calibration: dict[str, Any]
+    fingerprint: Fingerprint
+    blocks: list[str]
+    device: str
+    command: str | None = None
+
+
+def hash_graph(module: fx.GraphModule) -> str:
+    """Hash of a network's operators and their arguments, weights aside."""
+    return hashlib.sha256(str(module.code).encode()).hexdigest()
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for the record."""
+    found = {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found | package_versions()
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match.group(1) if match else platform.processor()
+
+
+class RunDirectory:
+    """Writes one run's files; reading a finished run is ``load_run``.
+
+    Args:
+        path: The directory; made on ``start``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start(self, info: RunInfo, recipe: Recipe, program: ExportedProgram | None, *, resume: bool) -> int:
+        """Begin or resume; returns how many blocks are already done.
+
+        Raises:
+            UsageError: The directory holds a run and ``resume`` is off.
+            RecipeError: What is resumed is not the same run.
+            InputError: The directory cannot be written.
+        """
+        if (self.path / RUN_FILE).exists():
+            if not resume:
+                raise UsageError(
+                    f"{self.path} already holds a run",
+                    hint="continue it with --resume, or choose another --out",
+                )
+            self._require_same(info.fingerprint)
+            return self._done(info.blocks)
+        try:
+            (self.path / "blocks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cannot make {self.path}: {error.strerror}", hint="choose a writable --out"
+            ) from None
+        write_atomically(self.path / RECIPE_FILE, recipe.dump())
+        if program is not None:
+            write_atomically(self.path / FLOAT_FILE, program_bytes(program))
+        self._write_info(info, "running")
+        return 0
+
+    def _require_same(self, now: Fingerprint) -> None:
+        before = read_info(self.path)["fingerprint"]
+        changed = [_MEANING[key] for key, value in asdict(now).items() if before.get(key) != value]
+        if changed:
+            raise RecipeError(
+                f"cannot resume {self.path}: {' and '.join(changed)} changed since it was started",
+                hint="use the same recipe, model and images, or start afresh with another --out",
+            )
+
+    def _done(self, names: list[str]) -> int:
+        for index, name in enumerate(names):
+            if not (self.block_path(index, name, ".json").exists() and self.block_path(index, name).exists()):
+                return index
+        return len(names)
+
+    def block_path(self, index: int, name: str, suffix: str = ".safetensors") -> Path:
+        """File of one block's state (``.safetensors``) or history (``.json``)."""
+        return self.path / "blocks" / f"{index:03d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}{suffix}"
+
+    def save_block(self, block: Block, history: BlockHistory) -> None:
+        """Write one finished block: its state first, then the history that marks it as done."""
+        write_atomically(self.block_path(block.index, block.name), save(block.state()))
+        write_atomically(self.block_path(block.index, block.name, ".json"), json.dumps(asdict(history)))
+
+    def load_block(self, block: Block) -> BlockHistory:
+        """Load one finished block into its quantizers and return its history."""
+        block.load(_read_state(self.block_path(block.index, block.name)))
+        text = self.block_path(block.index, block.name, ".json").read_text(encoding="utf-8")
+        return BlockHistory(**json.loads(text))
+
+    def finish(self, info: RunInfo, metrics: dict[str, Any]) -> None:
+        """Write the metrics and mark the run as complete."""
+        write_atomically(self.path / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+        self._write_info(info, "complete")
+
+    def _write_info(self, info: RunInfo, status: str) -> None:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        content = {"schema_version": SCHEMA_VERSION, "status": status, "written": now, **asdict(info)}
+        content["environment"] = environment()
+        write_atomically(self.path / RUN_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"cannot read {path}: {error}", hint="delete the file and run again with --resume"
+        ) from None
+
+
+def program_bytes(program: ExportedProgram) -> bytes:
+    """A program as the content of a ``.pt2`` file."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def read_info(run_dir: Path) -> dict[str, Any]:
+    """The content of ``run.json``.
+
+    Raises:
+        InputError: It is not a run directory, or a later version's.
+    """
+    path = run_dir / RUN_FILE
+    try:
+        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        raise InputError(
+            f"{run_dir} is not a run directory (no readable {RUN_FILE})",
+            hint="give the --out directory of `metaaug quantize`",
+        ) from None
+    if info.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(f"{path} has schema version {info.get('schema_version')}, this is {SCHEMA_VERSION}")
+    return info
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read back: everything to evaluate and export it without the user's own code."""
+
+    path: Path
+    info: dict[str, Any]
+    recipe: Recipe
+    _ready: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the network's input."""
+        return Preprocessing.from_dict(self.info["preprocessing"])
+
+    @property
+    def num_outputs(self) -> int:
+        """Classes of the network."""
+        return int(self.info["num_outputs"])
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(C, H, W) of the network's input."""
+        preprocessing = self.preprocessing
+        return (len(preprocessing.mean), *preprocessing.size)
+
+    @cached_property
+    def chain(self) -> Chain:
+        """The network as blocks, quantizers loaded."""
+        from metaaug_cli.pipeline import rebuild_chain
+
+        chain = rebuild_chain(load_program(self.path / FLOAT_FILE), self.input_size, self.recipe)
+        directory = RunDirectory(self.path)
+        for block in chain.blocks:
+            directory.load_block(block)
+        return chain
+
+    @property
+    def float_module(self) -> fx.GraphModule:
+        """The float network, batch norms folded."""
+        return self.chain.module
+
+    @cached_property
+    def simulated_module(self) -> fx.GraphModule:
+        """The deployed network in PyTorch."""
+        from metaaug_cli.deploy import deploy
+
+        return deploy(self.chain)
+
+    @property
+    def onnx_path(self) -> Path:
+        """The exported file inside the run directory; written when it is first asked for."""
+        path = self.path / ONNX_FILE
+        if not path.exists():
+            from metaaug_cli.export import export_onnx
+
+            export_onnx(
+                self.simulated_module, input_size=self.input_size, path=path, manifest=self.manifest()
+            )
+        return path
+
+    def manifest(self) -> Manifest:
+        """What the exported file says about itself."""
+        placement = self.chain.placement
+        fingerprint = self.info["fingerprint"]
+        metrics = self.path / METRICS_FILE
+        return Manifest(
+            model=self.info["model"],
+            placement=self.recipe.quantization.placement,
+            method=self.recipe.reconstruction.method,
+            weight_bits={w.name: w.bits for w in placement.weights.values()},
+            act_bits={a.name: a.bits for a in placement.activations.values()},
+            recipe=self.recipe.model_dump(mode="json"),
+            recipe_sha256=fingerprint["recipe"],
+            weights_sha256=fingerprint["weights"],
+            calibration_sha256=fingerprint["calibration"],
+            preprocessing=self.info["preprocessing"],
+            metrics=json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {},
+        )
+
+
+def load_run(run_dir: Path | str) -> Run:
+    """Read a finished run.
+
+    Raises:
+        InputError: It is not a run directory, or the run is not finished.
+    """
+    path = Path(run_dir)
+    info = read_info(path)
+    if info["status"] != "complete":
+        done = len(list((path / "blocks").glob("*.json")))
+        raise InputError(
+            f"the run in {path} is not finished: {done} of {len(info['blocks'])} blocks are done",
+            hint="continue it with the same `metaaug quantize` command and --resume",
+        )
+    if not (path / FLOAT_FILE).exists():
+        raise InputError(f"{path / FLOAT_FILE} is missing", hint="run `metaaug quantize` again")
+    return Run(path, info, load_recipe(path / RECIPE_FILE))
+
+
+def log_path(run_dir: Path) -> Path:
+    """The run's log file."""
+    return run_dir / LOG_FILE

@@ -1,0 +1,191 @@
+"""The ``metaaug`` command: registers every subcommand; ``main`` is the only error boundary."""
+
+import errno
+import io
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
+from itertools import pairwise
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from metaaug_cli import __version__
+from metaaug_cli.cli.console import Console, LogHandler, reserve_stdout
+from metaaug_cli.errors import MetaAugError
+
+GATE_MISSED, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
+_INPUT_ERRNOS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS}
+
+EPILOG = """\
+[bold]Start here[/bold]
+  metaaug demo                      the whole path on bundled data, offline
+
+[bold]The usual path[/bold]
+  metaaug quantize resnet18 --calib ./images --out runs/r18
+  metaaug evaluate runs/r18 --data ./val
+  metaaug export   runs/r18 -o r18.onnx
+
+[bold]Exit codes[/bold]
+  0 done    1 a gate was missed    2 usage or input is wrong
+  3 the run failed                 130 interrupted
+
+metaaug COMMAND --help explains each command with examples."""
+
+app = typer.Typer(
+    name="metaaug",
+    help="Quantize image classifiers after training, and export what was measured as ONNX.",
+    epilog=EPILOG,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"metaaug {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show tracebacks and the library's log. May stand anywhere."),
+    ] = False,
+) -> None:
+    del show_version, debug  # both act before any command: one as a callback, one in main()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _register() -> None:
+    """Let each command module add itself; every one has ``register(app)``."""
+    for name in ("demo", "calibrate", "quantize", "evaluate", "export"):
+        module = _command_module(name)
+        if module is not None:
+            module.register(app)
+
+
+def _command_module(name: str) -> ModuleType | None:
+    full = f"metaaug_cli.cli.{name}"
+    try:
+        return import_module(full)
+    except ModuleNotFoundError as exc:
+        if exc.name != full:
+            raise
+        return None
+
+
+_register()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: Arguments without the program name; the process's own by default.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter is no reason to stop
+            stream.reconfigure(errors="replace")
+    debug = "--debug" in arguments
+    arguments = _complete_json_flag([item for item in arguments if item != "--debug"])
+    json_on_stdout = any(pair == ("--json", "-") for pair in pairwise(arguments))
+    with _logging(debug=debug), reserve_stdout() if json_on_stdout else nullcontext():
+        try:
+            # Typer answers Ctrl-C and its own early exits with a code instead of an exception.
+            code = app(args=arguments, prog_name="metaaug", standalone_mode=False)
+        except (Exception, SystemExit) as exc:
+            return _report(exc, debug=debug)
+    if code == INTERRUPTED:
+        Console().error("interrupted", hint="the same command starts again from the beginning")
+    return code if isinstance(code, int) else 0
+
+
+def _complete_json_flag(arguments: list[str]) -> list[str]:
+    """Give a bare ``--json`` its value ``-``, since an option cannot have an optional one."""
+    completed: list[str] = []
+    for index, item in enumerate(arguments):
+        completed.append(item)
+        following = arguments[index + 1] if index + 1 < len(arguments) else ""
+        if item == "--json" and following != "-" and not following.endswith(".json"):
+            completed.append("-")
+    return completed
+
+
+def _report(exc: BaseException, *, debug: bool) -> int:
+    """Show an exception as ``error:`` and ``hint:`` and return the exit code it stands for."""
+    if debug:
+        traceback.print_exception(exc)
+    message, hint, code = _explain(exc)
+    if code == FAILED and not isinstance(exc, MetaAugError) and not debug:
+        hint = f"{hint}; " if hint else ""
+        hint += f"the traceback is in {_save_traceback(exc)} (--debug shows it here)"
+    if message:
+        Console().error(message, hint=hint)
+    return code
+
+
+def _explain(exc: BaseException) -> tuple[str, str | None, int]:
+    """Message, hint and exit code of an exception; an empty message when there is nothing to add."""
+    if isinstance(exc, MetaAugError):
+        return exc.message, exc.hint, exc.exit_code
+    if isinstance(exc, typer.TyperException):
+        context = getattr(exc, "ctx", None)
+        command = context.command_path if context is not None else "metaaug"
+        return exc.format_message(), f"{command} --help shows every option, with examples", USAGE
+    if isinstance(exc, SystemExit):
+        if not exc.code:
+            return "", None, 0
+        return f"something called exit({exc.code!r}) during the run", None, FAILED
+    if isinstance(exc, OSError) and exc.errno in _INPUT_ERRNOS:
+        where = f"{exc.filename}: " if exc.filename else ""
+        return f"{where}{exc.strerror}", None, USAGE
+    if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
+        return "the disk is full", "free some space, then run the same command again", FAILED
+    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
+        return "out of memory", "use a smaller --batch, --cache-gb or --num", FAILED
+    detail = str(exc).strip().split("\n")[0] or "no message"
+    return f"unexpected {type(exc).__name__}: {detail}", None, FAILED
+
+
+def _save_traceback(exc: BaseException) -> str:
+    handle, path = tempfile.mkstemp(prefix="metaaug-", suffix=".log")
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        traceback.print_exception(exc, file=stream)
+    return path
+
+
+@contextmanager
+def _logging(*, debug: bool) -> Iterator[None]:
+    """Show the library's warnings on stderr for the time of a command; with ``debug`` its whole log."""
+    handler = LogHandler(logging.DEBUG if debug else logging.WARNING)
+    loggers = [logging.getLogger("metaaug_cli")]
+    if debug:
+        loggers.append(logging.getLogger("py.warnings"))
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)

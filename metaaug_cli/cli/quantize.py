@@ -1,0 +1,376 @@
+"""``metaaug quantize``: parse, call ``pipeline.quantize``, show."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from metaaug_cli.cli.console import Console, resume_hint
+from metaaug_cli.cli.options import (
+    DATA_PANEL,
+    MODEL_PANEL,
+    InterpolationOpt,
+    JsonOpt,
+    MeanOpt,
+    ModelArg,
+    QuietOpt,
+    ResizeOpt,
+    SizeOpt,
+    StdOpt,
+    WeightsOpt,
+    model_options,
+)
+from metaaug_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from metaaug_cli.config import Recipe
+    from metaaug_cli.data import CalibrationSet
+    from metaaug_cli.models import LoadedModel
+
+METHOD_PANEL = "Method"
+RUN_PANEL = "Run"
+
+EPILOG = """\
+[bold]Examples[/bold]
+  metaaug quantize resnet18 --calib ./imgs --wbits 2 --abits 4
+  metaaug quantize net.py:make_net --weights net.safetensors --calib ./imgs \\
+      --size 224 --mean .485,.456,.406 --std .229,.224,.225 --wbits 4 --abits 4
+  metaaug quantize resnet18 --calib ./imgs --recipe w4a4 --plan
+  metaaug quantize resnet18 --calib ./imgs --set reconstruction.quant_prob=0.7
+
+[bold]Then[/bold]
+  metaaug evaluate RUN --data DIR      accuracy, and parity with ONNX Runtime
+  metaaug export RUN -o FILE.onnx      the QDQ file"""
+
+CalibOpt = Annotated[
+    Path,
+    typer.Option(
+        "--calib",
+        metavar="DIR|FILE",
+        help="Calibration images: a folder, or a set built by `metaaug calibrate`.",
+        rich_help_panel=DATA_PANEL,
+        show_default=False,
+    ),
+]
+NumOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--num", metavar="N", min=1, help="Images to draw, 1024 if not set.", rich_help_panel=DATA_PANEL
+    ),
+]
+OutOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", help="Run directory; default runs/MODEL-wWaA.", rich_help_panel=RUN_PANEL
+    ),
+]
+RecipeOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="w8a8, w4a4, w2a4, w2a2 or a YAML file.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+SetOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Any other recipe field; repeatable.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+WBitsOpt = Annotated[
+    int | None,
+    typer.Option("--wbits", metavar="2..8", help="Weight bits, 4 if not set.", rich_help_panel=METHOD_PANEL),
+]
+ABitsOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--abits", metavar="2..8", help="Activation bits, 4 if not set.", rich_help_panel=METHOD_PANEL
+    ),
+]
+MethodOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help="genie, qdrop, brecq, adaround or nearest.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+PlacementOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--placement",
+        metavar="NAME",
+        help="integer (every tensor, the default) or academic (as in papers).",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+IterationsOpt = Annotated[
+    int | None,
+    typer.Option("--iterations", metavar="N", help="Steps per block.", rich_help_panel=METHOD_PANEL),
+]
+BatchOpt = Annotated[
+    int | None, typer.Option("--batch", metavar="N", help="Images per step.", rich_help_panel=METHOD_PANEL)
+]
+SeedOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", metavar="N", help="Seed of every random choice, 0 if not set.", rich_help_panel=METHOD_PANEL
+    ),
+]
+DeviceOpt = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.", rich_help_panel=RUN_PANEL)
+]
+CacheOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--cache-gb",
+        metavar="GIB",
+        min=0,
+        help="Activations to keep; default half of the free memory. Beyond it they are recomputed.",
+        rich_help_panel=RUN_PANEL,
+    ),
+]
+ResumeOpt = Annotated[
+    bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=RUN_PANEL)
+]
+PlanOpt = Annotated[
+    bool,
+    typer.Option(
+        "--plan", help="Show blocks, bits, memory and time; quantize nothing.", rich_help_panel=RUN_PANEL
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("quantize", epilog=EPILOG)(quantize)
+
+
+def quantize(  # noqa: PLR0913
+    model: ModelArg,
+    calib: CalibOpt,
+    out: OutOpt = None,
+    weights: WeightsOpt = None,
+    size: SizeOpt = None,
+    resize: ResizeOpt = None,
+    mean: MeanOpt = None,
+    std: StdOpt = None,
+    interpolation: InterpolationOpt = None,
+    num: NumOpt = None,
+    recipe: RecipeOpt = None,
+    wbits: WBitsOpt = None,
+    abits: ABitsOpt = None,
+    method: MethodOpt = None,
+    placement: PlacementOpt = None,
+    iterations: IterationsOpt = None,
+    batch: BatchOpt = None,
+    seed: SeedOpt = None,
+    set_: SetOpt = None,
+    device: DeviceOpt = "auto",
+    cache_gb: CacheOpt = None,
+    resume: ResumeOpt = False,
+    plan: PlanOpt = False,
+    quiet: QuietOpt = False,
+    json: JsonOpt = None,
+) -> None:
+    """Quantize a network with a folder of images.
+
+    Learns weight roundings and scales block by block so that the quantized
+    network computes what the float one does. Keeps each finished block in a run
+    directory, which evaluate and export read.
+    """
+    console = Console(quiet=quiet, json=json)
+    flags = {
+        "calibration.num": num,
+        "quantization.weight_bits": wbits,
+        "quantization.act_bits": abits,
+        "quantization.placement": placement,
+        "reconstruction.method": method,
+        "reconstruction.iterations": iterations,
+        "reconstruction.batch_size": batch,
+        "seed": seed,
+    }
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device {device} is not a device", hint="use --device auto, cpu or cuda")
+    resolved = _resolve_recipe(recipe, flags, set_ or [])
+    options = model_options(
+        weights=weights, size=size, resize=resize, mean=mean, std=std, interpolation=interpolation
+    )
+
+    from metaaug_cli.models import load_model
+
+    loaded = load_model(model, **{**resolved.preprocessing.load_options(), **options})
+    calibration = _load_calibration(console, calib, loaded, resolved)
+    _show_inputs(console, loaded, calibration)
+    if plan:
+        _show_plan(console, loaded, calibration, resolved, device)
+        return
+    run_dir = _run_directory(out, loaded.name, resolved, resume=resume)
+    continue_with = f"metaaug {shlex.join(_without_resume(sys.argv[1:]))} --resume"
+    if out is None:
+        continue_with += f" --out {run_dir}"
+    with resume_hint(f"finished blocks are kept; continue with: {continue_with}"), _log_file(run_dir):
+        _run(console, loaded, calibration, resolved, run_dir, device=device, cache_gb=cache_gb, resume=resume)
+
+
+def _resolve_recipe(name: str | None, flags: dict[str, Any], assignments: list[str]) -> Recipe:
+    from metaaug_cli.config import Recipe, load_recipe
+
+    recipe = load_recipe(name) if name else Recipe()
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    return recipe.override(given, where="flags").override(assignments)
+
+
+def _load_calibration(console: Console, calib: Path, loaded: LoadedModel, recipe: Recipe) -> CalibrationSet:
+    from metaaug_cli.data import load_calibration_set
+
+    with console.progress("reading images") as tick:
+        return load_calibration_set(
+            calib,
+            preprocessing=loaded.preprocessing,
+            num=recipe.calibration.num,
+            seed=recipe.seed,
+            progress=tick,
+        )
+
+
+def _show_inputs(console: Console, loaded: LoadedModel, calibration: CalibrationSet) -> None:
+    console.note(f"model        {loaded.name}, weights: {loaded.weights}")
+    console.note(f"images       {loaded.preprocessing.describe()}")
+    console.note(f"calibration  {len(calibration.images)} images, {calibration.origin}")
+
+
+def _run_directory(out: Path | None, name: str, recipe: Recipe, *, resume: bool) -> Path:
+    """``--out``, or ``runs/MODEL-wWaA`` with a number where that name is taken."""
+    if out is not None:
+        return out
+    bits = recipe.quantization
+    base = Path("runs") / f"{name.replace('/', '_')}-w{bits.weight_bits}a{bits.act_bits}"
+    candidates = [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 10_000))]
+    free = next(i for i, path in enumerate(candidates) if not path.exists())
+    if resume and free == 0:
+        raise UsageError(f"--resume: there is no run in {base}", hint="name the run directory with --out")
+    return candidates[free - 1 if resume else free]
+
+
+def _without_resume(arguments: list[str]) -> list[str]:
+    return [a for a in arguments if a != "--resume"]
+
+
+def _show_plan(
+    console: Console, loaded: LoadedModel, calibration: CalibrationSet, recipe: Recipe, device: str
+) -> None:
+    from dataclasses import asdict
+
+    from metaaug_cli.cli.console import format_seconds
+    from metaaug_cli.pipeline import pick_device, rebuild_chain, schedule_of
+    from metaaug_cli.planning import plan_run
+
+    chain = rebuild_chain(loaded.module, tuple(calibration.images.shape[1:]), recipe)
+    rows = plan_run(chain, schedule_of(recipe), images=len(calibration.images), device=pick_device(device))
+    console.table(
+        f"Plan: {recipe.reconstruction.method}, {recipe.quantization.placement} placement, "
+        f"{len(calibration.images)} images",
+        ["block", "layers", "params", "W", "A", "MMAC", "cache MiB", "time"],
+        [
+            (
+                r.block,
+                r.layers,
+                f"{r.parameters:,}",
+                _bits(r.weight_bits),
+                _bits(r.act_bits),
+                f"{r.macs / 1e6:.1f}",
+                f"{r.cache_bytes / 2**20:.1f}",
+                "-" if r.seconds is None else format_seconds(r.seconds),
+            )
+            for r in rows
+        ],
+    )
+    total = sum(r.seconds or 0 for r in rows)
+    peak = max(r.cache_bytes for r in rows) / 2**20
+    console.result(
+        f"{len(rows)} blocks, {sum(r.parameters for r in rows):,} parameters, "
+        f"largest cache {peak:.0f} MiB, about {format_seconds(total)} of learning"
+    )
+    console.data(
+        {"blocks": [asdict(r) for r in rows], "seconds": total, "recipe": recipe.model_dump(mode="json")}
+    )
+
+
+def _bits(values: tuple[int, ...]) -> str:
+    return "/".join(map(str, values)) or "-"
+
+
+@contextmanager
+def _log_file(run_dir: Path) -> Iterator[None]:
+    """Keep the library's log in the run directory."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("metaaug_cli")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def _run(
+    console: Console,
+    loaded: LoadedModel,
+    calibration: CalibrationSet,
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    device: str,
+    cache_gb: float | None,
+    resume: bool,
+) -> None:
+    from metaaug_cli.cli.run_progress import RunProgress
+    from metaaug_cli.pipeline import quantize as quantize_network
+
+    with console.progress("quantizing") as tick:
+        progress = RunProgress(console, tick)
+        result = quantize_network(
+            loaded,
+            calibration,
+            recipe=recipe,
+            run_dir=run_dir,
+            resume=resume,
+            device=device,
+            cache_gb=cache_gb,
+            command=f"metaaug {shlex.join(sys.argv[1:])}",
+            progress=progress,
+        )
+    q = recipe.quantization
+    console.table(
+        f"W{q.weight_bits}A{q.act_bits} {recipe.reconstruction.method}, {q.placement} placement: "
+        "error of each block against float",
+        ["block", "before", "after"],
+        [
+            (b.name, f"{h.loss_before:.4g}", f"{h.loss_after:.4g}")
+            for b, h in zip(result.chain.blocks, result.histories, strict=True)
+        ],
+    )
+    agreement = result.metrics["calibration_agreement"]
+    console.result(
+        f"top-1 agreement with float on {result.metrics['calibration_agreement_images']} calibration images: "
+        f"{100 * agreement:.1f} % (images it was fitted on; measure on others with evaluate)"
+    )
+    console.result(f"run directory: {run_dir}")
+    console.note(f"next: metaaug evaluate {run_dir} --data DIR\n      metaaug export {run_dir} -o model.onnx")
+    console.data({"run": str(run_dir), **result.metrics})

@@ -1,0 +1,50 @@
+"""Shows a quantization run while it goes: one bar over all blocks, one line per finished block."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from metaaug_cli.cli.console import Console, ProgressCallback, format_seconds
+
+if TYPE_CHECKING:
+    from metaaug_cli.blocks import Block
+    from metaaug_cli.reconstruct import BlockHistory
+
+
+class RunProgress:
+    """Implements ``pipeline.Progress`` on a console.
+
+    Args:
+        console: Where the lines go.
+        tick: Callback of the bar.
+    """
+
+    def __init__(self, console: Console, tick: ProgressCallback) -> None:
+        self.console, self.tick = console, tick
+        self.started = time.monotonic()
+        self.blocks = 0
+        self.work_done = 0
+
+    def planned(self, blocks: int, steps_per_block: int) -> None:
+        """How much there is to do."""
+        self.blocks, self.steps = blocks, max(steps_per_block, 1)
+
+    def step(self, block: Block, done: int, total: int) -> None:
+        """One optimizer step is done."""
+        self.tick(
+            block.index * self.steps + done,
+            self.blocks * self.steps,
+            f"block {block.index + 1}/{self.blocks} {block.name}",
+        )
+
+    def finished(self, block: Block, history: BlockHistory, *, resumed: bool) -> None:
+        """One block is done: its losses and its time."""
+        now = time.monotonic()
+        how = "resumed" if resumed else format_seconds(now - self.started)
+        self.started = now
+        self.tick((block.index + 1) * self.steps, self.blocks * self.steps, "")
+        self.console.note(
+            f"block {block.index + 1}/{self.blocks} {block.name}: "
+            f"error {history.loss_before:.4g} -> {history.loss_after:.4g}, {how}"
+        )

@@ -1,0 +1,186 @@
+"""Write a deployed network as a QDQ ONNX file that ONNX Runtime runs with integer kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from metaaug_cli import onnx_passes
+from metaaug_cli.errors import GraphError, InputError
+from metaaug_cli.manifest import Manifest, write_manifest
+from metaaug_cli.onnx_movement import move_codes
+from metaaug_cli.qdq_ops import translation_table
+
+_logger = logging.getLogger(__name__)
+
+OPSET, IR_VERSION = 21, 10
+INPUT_NAME, OUTPUT_NAME = "input", "logits"
+_PROTOBUF_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A file that was written.
+
+    Args:
+        path: Where it lies.
+        size_bytes: Its size.
+        float_bytes: Size of the network's weights and biases in float32.
+        manifest: The manifest as stored in the file.
+    """
+
+    path: Path
+    size_bytes: int
+    float_bytes: int
+    manifest: Manifest
+
+
+def export_onnx(
+    module: nn.Module, *, input_size: tuple[int, int, int], path: Path, manifest: Manifest
+) -> ExportResult:
+    """Export a deployed module to ONNX and check the file.
+
+    Args:
+        module: Network of the operators in ``qdq_ops`` and plain ATen ones; (N, C, H, W) to (N, classes).
+        input_size: (C, H, W) of its input.
+        path: File to write; an existing one is replaced in one step.
+        manifest: Stored in the file's metadata.
+
+    Raises:
+        GraphError: The module cannot be exported, or the file does not pass the ONNX checker.
+        InputError: The file cannot be written.
+    """
+    model = build_model(module, input_size)
+    float_bytes = _float_bytes(module)
+    proto = ir.to_proto(model)
+    write_manifest(proto, manifest)
+    check_model(proto)
+    save_model(proto, path)
+    return ExportResult(path, path.stat().st_size, float_bytes, manifest)
+
+
+def build_model(module: nn.Module, input_size: tuple[int, int, int]) -> ir.Model:
+    """The exported graph in its final form, in memory."""
+    model = _trace(module, input_size)
+    onnx_passes.simplify(model)
+    onnx_passes.fold_zero_padding(model)
+    move_codes(model)
+    onnx_passes.add_weight_zero_points(model)
+    onnx_passes.name_tensors(model)
+    onnx_passes.remove_unused(model)
+    _require_dynamic_batch(model)
+    model.producer_name, model.producer_version = "metaaug", None
+    model.graph.name = "quantized"
+    return model
+
+
+def _trace(module: nn.Module, input_size: tuple[int, int, int]) -> ir.Model:
+    example = torch.zeros(2, *input_size)
+    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                custom_translation_table=translation_table(),
+                dynamic_shapes=({0: batch},),
+                input_names=[INPUT_NAME],
+                output_names=[OUTPUT_NAME],
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises many kinds; all mean "cannot be written as ONNX"
+        summary = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise GraphError(
+            f"the quantized network cannot be written as ONNX: {summary}",
+            hint="run again with --debug for the exporter's own report; an operator without ONNX form is the usual cause",
+        ) from error
+    assert program is not None
+    program.model.ir_version = IR_VERSION
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes about missing optional packages off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _float_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters in float32: codes of weights and biases count four bytes, their scales none."""
+    codes = (t for n, t in module.state_dict().items() if n.endswith("codes") or not n.endswith("scale"))
+    return sum(4 * t.numel() for t in codes)
+
+
+def _require_dynamic_batch(model: ir.Model) -> None:
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and isinstance(value.shape[0], int):
+            raise GraphError(
+                f"the exported network fixes its batch size to {value.shape[0]} at {value.name}",
+                hint="make the network's forward independent of the batch size (no fixed batch in view or reshape)",
+            )
+
+
+def check_model(proto: onnx.ModelProto) -> None:
+    """Run the ONNX checker with full shape inference.
+
+    Raises:
+        GraphError: The model does not pass, or is too large for one file.
+    """
+    if proto.ByteSize() > _PROTOBUF_LIMIT:
+        raise GraphError("the exported network is larger than 2 GiB, the limit of one ONNX file")
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise GraphError(f"the exported file does not pass the ONNX checker: {error}") from error
+    except onnx.shape_inference.InferenceError as error:
+        raise GraphError(f"shapes of the exported file do not agree: {error}") from error
+
+
+def save_model(proto: onnx.ModelProto, path: Path) -> None:
+    """Write a model in one step, so that a reader never sees half a file.
+
+    Raises:
+        InputError: The folder does not exist or cannot be written.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror}", hint="give -o a path in a folder that exists"
+        ) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(proto.SerializeToString(deterministic=True))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
