@@ -244,9 +244,9 @@ class Run:
     @cached_property
     def chain(self) -> Chain:
         """The network as blocks, quantizers loaded."""
-        from metaaug_cli.pipeline import rebuild_chain
+        from metaaug_cli.prepare import prepare_chain
 
-        chain = rebuild_chain(load_program(self.path / FLOAT_FILE), self.input_size, self.recipe)
+        chain = prepare_chain(load_program(self.path / FLOAT_FILE), self.input_size, self.recipe)
         directory = RunDirectory(self.path)
         for block in chain.blocks:
             directory.load_block(block)

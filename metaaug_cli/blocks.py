@@ -92,7 +92,9 @@ def build_chain(
         weight = attribute(module, weight_node)
         chain.weights[node] = WeightQuantizer(weight, spec.bits, symmetric=spec.symmetric, norm=scale_norm)
     for anchor, grid in placement.activations.items():
-        chain.activations[anchor] = ActivationQuantizer(grid.bits, symmetric=grid.symmetric, norm=scale_norm)
+        chain.activations[anchor] = ActivationQuantizer(
+            grid.bits, symmetric=grid.symmetric, norm=scale_norm, clip=not grid.is_output
+        )
     applied: set[fx.Node] = set()
     for index, stage in enumerate(stages):
         chain.blocks.append(_build_block(chain, stage, index, applied))
@@ -205,7 +207,7 @@ def _biased_on_grid(
 class _ScaleSearch(fx.Interpreter):
     """Runs a quantized block once and sets each activation scale from the values that reach it."""
 
-    def call_module(self, target, args, kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    def call_module(self, target, args, kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN001
         module = self.module.get_submodule(target)
         if isinstance(module, ActivationQuantizer):
             module.search(args[0])

@@ -8,6 +8,8 @@ form that the rest of the package reads.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import io
 import logging
 import re
 import warnings
@@ -53,6 +55,9 @@ def export_program(network: nn.Module | ExportedProgram, input_size: tuple[int, 
     """
     if isinstance(network, ExportedProgram):
         return network
+    required = _required_inputs(network)
+    if required is not None and required != 1:
+        raise _wrong_input_count(required)
     example = torch.zeros(2, *input_size)
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
     try:
@@ -62,16 +67,31 @@ def export_program(network: nn.Module | ExportedProgram, input_size: tuple[int, 
         raise _untraceable(error) from error
 
 
+def _required_inputs(network: nn.Module) -> int | None:
+    """How many arguments ``forward`` cannot do without; None where its signature does not tell."""
+    parameters = inspect.signature(network.forward).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return None
+    return sum(p.default is p.empty for p in parameters)
+
+
+def _wrong_input_count(count: int) -> GraphError:
+    return GraphError(
+        f"the network takes {count} inputs; metaaug quantizes networks that take one image tensor",
+        hint="wrap the network in a module whose forward(x) supplies the other inputs",
+    )
+
+
 @contextlib.contextmanager
 def _quiet_export() -> Iterator[None]:
-    """Export without torch's own log lines, and without fused attention that hides its linears."""
+    """Export without torch's own log lines and prints, and without fused attention that hides its linears."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch_logger = logging.getLogger("torch")
     level = torch_logger.level
     torch.backends.mha.set_fastpath_enabled(False)
     torch_logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -82,11 +102,15 @@ def _quiet_export() -> Iterator[None]:
 def _untraceable(error: Exception) -> GraphError:
     text = str(error).strip()
     summary = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    fixed = re.search(r"specialized it to be a constant \((\d+)\)", text)
+    if fixed:
+        summary = f"its code works for batches of {fixed.group(1)} images only"
     place = _user_line(error) or _line_in_text(text)
     where = f" at {place}" if place else ""
     hint = (
         "make that line independent of tensor values and of the batch size (no Python `if` on a tensor, "
-        "no fixed batch in view/reshape), or export the network yourself with a dynamic batch dimension and pass the .pt2 file"
+        "no fixed batch in view/reshape), or export the network yourself with a dynamic batch dimension and "
+        "pass the .pt2 file"
     )
     return GraphError(f"the network cannot be traced{where}: {summary[:300]}", hint=hint)
 
@@ -125,10 +149,7 @@ def _require_one_image_input(program: ExportedProgram, input_size: tuple[int, in
     user_names = set(program.graph_signature.user_inputs)
     images = [n for n in inputs if n.name in user_names]
     if len(images) != 1 or not isinstance(images[0].meta.get("val"), Tensor):
-        raise GraphError(
-            f"the network takes {len(images)} inputs; metaaug quantizes networks that take one image tensor",
-            hint="wrap the network in a module whose forward(x) supplies the other inputs",
-        )
+        raise _wrong_input_count(len(images))
     shape = images[0].meta["val"].shape
     if isinstance(shape[0], int):
         raise GraphError(

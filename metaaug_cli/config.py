@@ -106,7 +106,9 @@ class Quantization(_Section):
         "below.",
     )
     act_symmetric: bool = Field(
-        default=True, description="Activation grid around zero (unsigned where no value is negative)."
+        default=True,
+        description="Grid of layer inputs around zero (unsigned where no value is negative); the other "
+        "tensors of `integer` placement always have a zero point.",
     )
     quantize_output: bool = Field(
         default=True, description="Quantize the logits too (`integer` placement only)."
@@ -128,8 +130,8 @@ class Reconstruction(_Section):
     method: Literal["nearest", "adaround", "brecq", "qdrop", "genie"] = Field(
         default="genie",
         description="`nearest` searches scales and learns nothing; `adaround` learns the rounding layer by "
-        "layer; `brecq` block by block; `qdrop` adds random dropping of activation quantization; `genie` "
-        "also learns the weight scales.",
+        "layer; `brecq` block by block, with the activation scales; `qdrop` leaves activations "
+        "unquantized at random while it learns; `genie` learns the weight scales too.",
     )
     iterations: int = Field(default=2000, ge=1, description="Optimizer steps per block.")
     batch_size: int = Field(default=32, ge=1, description="Images per step.")
@@ -138,18 +140,21 @@ class Reconstruction(_Section):
         description="Chance that an activation element is quantized while training (`qdrop`, `genie`).",
     )
     rounding_lr: Positive = Field(
-        default=1e-3, description="Adam's rate of the rounding logits, at 20 000 iterations."
+        default=1e-3, description="Adam's rate of the rounding logits, before `lr_scale`."
     )
     weight_scale_lr: Positive = Field(
-        default=1e-4,
-        description="Adam's rate of the weight scales, at 20 000 iterations; cosine-decayed to 0.",
+        default=1e-3,
+        description="Adam's rate of the weight scales, as a share of each searched scale and before "
+        "`lr_scale`; cosine-decayed to 0.",
     )
     act_scale_lr: Positive = Field(
-        default=4e-5,
-        description="Adam's rate of the activation scales, at 20 000 iterations; cosine-decayed to 0.",
+        default=1e-4,
+        description="Adam's rate of the activation scales, as a share of each searched scale and before "
+        "`lr_scale`; cosine-decayed to 0.",
     )
     lr_scale: Literal["auto"] | Positive = Field(
-        default="auto", description="Factor on the three rates; `auto` derives it from `iterations`."
+        default="auto",
+        description="Factor on the three rates; `auto` is 1 for long schedules and more for short ones.",
     )
     rounding_weight: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="Weight of the regulariser that drives the rounding to 0 or 1."

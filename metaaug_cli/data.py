@@ -146,6 +146,7 @@ def load_calibration_set(
 
     Raises:
         InputError: Nothing usable there, or a file made for another preprocessing.
+        UsageError: A folder without a preprocessing, or ``num`` below 1.
     """
     path = Path(path)
     if path.is_file() and path.suffix.lower() == ".safetensors":

@@ -88,6 +88,6 @@ def demo_commands(folder: Path) -> list[list[str]]:
     quantize = ["quantize", f"{folder / MODEL}:digits_cnn", "--weights", str(folder / WEIGHTS)]
     quantize += ["--calib", str(folder / "calib"), "--size", "8", "--mean", str(MEAN), "--std", str(STD)]
     quantize += ["--wbits", "4", "--abits", "4", "--iterations", "300", "--out", run]
-    export = ["export", run, "--out", str(folder / "digits-w4a4.onnx")]
+    export = ["export", run, "-o", str(folder / "digits-w4a4.onnx")]
     evaluate = ["evaluate", run, "--data", str(folder / "test"), "--parity"]
     return [quantize, export, evaluate]

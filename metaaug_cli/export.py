@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +15,14 @@ import torch
 from torch import nn
 
 from metaaug_cli import onnx_passes
-from metaaug_cli.errors import GraphError, InputError
+from metaaug_cli import packing as packing_passes
+from metaaug_cli.errors import GraphError
+from metaaug_cli.files import write_atomically
 from metaaug_cli.manifest import Manifest, write_manifest
 from metaaug_cli.onnx_movement import move_codes
+from metaaug_cli.packing import PackMode
 from metaaug_cli.qdq_ops import translation_table
+from metaaug_cli.simulation import IntegerSimulation
 
 _logger = logging.getLogger(__name__)
 
@@ -47,32 +49,41 @@ class ExportResult:
 
 
 def export_onnx(
-    module: nn.Module, *, input_size: tuple[int, int, int], path: Path, manifest: Manifest
+    module: nn.Module,
+    *,
+    input_size: tuple[int, int, int],
+    path: Path,
+    manifest: Manifest,
+    pack: PackMode = "int8",
+    reduce_range: bool = False,
 ) -> ExportResult:
     """Export a deployed module to ONNX and check the file.
 
     Args:
-        module: Network of the operators in ``qdq_ops`` and plain ATen ones; (N, C, H, W) to (N, classes).
+        module: Network of the operators in ``qdq_ops`` and ATen ones, (N, C, H, W) to (N, classes), or
+            its integer simulation.
         input_size: (C, H, W) of its input.
         path: File to write; an existing one is replaced in one step.
-        manifest: Stored in the file's metadata.
+        manifest: Stored in the file's metadata, with what packing adds to it.
+        pack: How codes under 8 bits are stored.
+        reduce_range: Make 8-bit weights exact on x86 without VNNI, at the price of slower kernels.
 
     Raises:
         GraphError: The module cannot be exported, or the file does not pass the ONNX checker.
         InputError: The file cannot be written.
     """
-    model = build_model(module, input_size)
-    float_bytes = _float_bytes(module)
-    proto = ir.to_proto(model)
+    proto = ir.to_proto(build_model(module, input_size))
+    packing = packing_passes.pack(proto, pack, reduce_range=reduce_range)
+    manifest = manifest.model_copy(update={"packing": packing})
     write_manifest(proto, manifest)
     check_model(proto)
-    save_model(proto, path)
-    return ExportResult(path, path.stat().st_size, float_bytes, manifest)
+    write_atomically(path, proto.SerializeToString(deterministic=True))
+    return ExportResult(path, path.stat().st_size, _float_bytes(module), manifest)
 
 
 def build_model(module: nn.Module, input_size: tuple[int, int, int]) -> ir.Model:
     """The exported graph in its final form, in memory."""
-    model = _trace(module, input_size)
+    model = _trace(module.deployed if isinstance(module, IntegerSimulation) else module, input_size)
     onnx_passes.simplify(model)
     onnx_passes.fold_zero_padding(model)
     move_codes(model)
@@ -106,7 +117,7 @@ def _trace(module: nn.Module, input_size: tuple[int, int, int]) -> ir.Model:
         summary = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise GraphError(
             f"the quantized network cannot be written as ONNX: {summary}",
-            hint="run again with --debug for the exporter's own report; an operator without ONNX form is the usual cause",
+            hint="an operator without an ONNX form is the usual cause; --debug shows the whole report",
         ) from error
     assert program is not None
     program.model.ir_version = IR_VERSION
@@ -140,7 +151,7 @@ def _require_dynamic_batch(model: ir.Model) -> None:
         if value.shape is not None and isinstance(value.shape[0], int):
             raise GraphError(
                 f"the exported network fixes its batch size to {value.shape[0]} at {value.name}",
-                hint="make the network's forward independent of the batch size (no fixed batch in view or reshape)",
+                hint="make the network's forward independent of the batch size (no fixed batch in a view)",
             )
 
 
@@ -158,29 +169,3 @@ def check_model(proto: onnx.ModelProto) -> None:
         raise GraphError(f"the exported file does not pass the ONNX checker: {error}") from error
     except onnx.shape_inference.InferenceError as error:
         raise GraphError(f"shapes of the exported file do not agree: {error}") from error
-
-
-def save_model(proto: onnx.ModelProto, path: Path) -> None:
-    """Write a model in one step, so that a reader never sees half a file.
-
-    Raises:
-        InputError: The folder does not exist or cannot be written.
-    """
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror}", hint="give -o a path in a folder that exists"
-        ) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(proto.SerializeToString(deterministic=True))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 from metaaug_cli.errors import GateError, UsageError
 from metaaug_cli.evaluation import FLOAT, ONNXRUNTIME, SIMULATED, Evaluation
+from metaaug_cli.parity import MIN_TOP1_AGREEMENT, Parity
+
+MAX_ACCURACY_DIFFERENCE = 0.1
+"""Points of top-1 that simulation and runtime may differ by."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,69 @@ def accuracy_gates(
         text += f"at least {100 * min_agreement:g} % asked for"
         gates.append(Gate("min-agreement", agreement >= min_agreement, agreement, min_agreement, text))
     return gates
+
+
+def parity_gates(parity: Parity, evaluation: Evaluation) -> list[Gate]:
+    """Judge whether ONNX Runtime computes what was simulated.
+
+    Args:
+        parity: Comparison of the codes, with the integer reference.
+        evaluation: Scores on the same file; with labels the accuracies must agree too.
+    """
+    gates = [
+        Gate(
+            "parity-reference",
+            parity.gate_a and parity.undisturbed,
+            None,
+            None,
+            _reference(parity),
+        ),
+        Gate(
+            "parity-simulation", parity.gate_b, parity.top1_agreement, MIN_TOP1_AGREEMENT, _simulation(parity)
+        ),
+    ]
+    simulated, runtime = (evaluation.scores[name].top1 for name in (SIMULATED, ONNXRUNTIME))
+    if simulated is not None and runtime is not None:
+        gates.append(_accuracy_gate(simulated, runtime, evaluation.images))
+    return gates
+
+
+def _reference(parity: Parity) -> str:
+    layer = parity.first_inexact
+    if not parity.undisturbed:
+        return "reading the codes changes ONNX Runtime's logits, so nothing can be compared"
+    if layer is not None and layer.reference is not None:
+        return (
+            f"{layer.name} is the first layer to differ from the integer reference: "
+            f"{layer.reference.mismatches} of {layer.codes} codes; worst: {layer.reference.worst}"
+        )
+    if not parity.gate_a:
+        agreement = _percent(parity.reference_top1_agreement or 0.0)
+        return f"the integer reference has the same codes, but the same top-1 class only on {agreement}"
+    if not parity.all_integer:
+        return (
+            "integer kernels give the codes of the integer reference; what follows float operators is close"
+        )
+    return "ONNX Runtime gives exactly the codes and top-1 classes of the integer reference"
+
+
+def _simulation(parity: Parity) -> str:
+    layer = parity.first_out_of_tolerance
+    if layer is not None:
+        steps = layer.forced.max_steps
+        return (
+            f"{layer.name} is the first layer to leave tolerance: {layer.forced.mismatches} of {layer.codes} "
+            f"codes differ, by at most {steps} level{'s' * (steps != 1)}; worst: {layer.forced.worst}"
+        )
+    return f"every layer within tolerance, top-1 agreement {_percent(parity.top1_agreement)}"
+
+
+def _accuracy_gate(simulated: float, runtime: float, images: int) -> Gate:
+    points = 100 * abs(round(simulated * images) - round(runtime * images)) / images
+    # On a small folder one image weighs more than the limit.
+    limit = max(MAX_ACCURACY_DIFFERENCE, 100 / images)
+    text = f"simulation and ONNX Runtime differ by {points:.2f} points of top-1; at most {limit:.2f} allowed"
+    return Gate("parity-accuracy", points <= limit, points, limit, text)
 
 
 def require(gates: Sequence[Gate]) -> None:

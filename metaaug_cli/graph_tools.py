@@ -41,8 +41,19 @@ def insert_call(
     new.meta["owner"] = node.meta["owner"] if owner is None else owner
     new.meta["stack_trace"] = node.meta.get("stack_trace")
     fake_args = fx.node.map_arg(args, lambda n: n.meta["val"])
-    new.meta["val"] = target(*fake_args)
+    new.meta["val"] = _fake_result(target, fake_args)
     return new
+
+
+def _fake_result(target: Callable[..., Any], args: Any) -> Any:
+    """The fake value of a call; torch's own rule for padding would fix the free batch size."""
+    if target is not torch.ops.aten.constant_pad_nd.default:
+        return target(*args)
+    x, pads = args[:2]
+    sizes = list(x.shape)
+    for axis, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True), start=1):
+        sizes[-axis] += before + after
+    return x.new_empty(sizes)
 
 
 def attribute(module: fx.GraphModule, node: fx.Node) -> Tensor:
@@ -61,7 +72,7 @@ def add_constant(module: fx.GraphModule, before: fx.Node, name: str, value: Tens
         node = module.graph.get_attr(unique)
     node.meta["owner"] = before.meta.get("owner", "")
     mode = _fake_mode(module)
-    node.meta["val"] = mode.from_tensor(value.detach()) if mode else value
+    node.meta["val"] = mode.from_tensor(value.detach(), static_shapes=True) if mode else value
     return node
 
 

@@ -92,10 +92,10 @@ class _ChannelSums:
         self.squares += exact.square().sum().item()
         self.low = min(self.low, pixels.min().item())
         self.high = max(self.high, pixels.max().item())
-        # Half an 8-bit step absorbs the rounding of normalising and back.
+        # Half an 8-bit step absorbs the rounding of normalising and back, here and at the bins' edges.
         self.black += int((pixels < 0.5).sum())
         self.white += int((pixels > 254.5).sum())
-        bins = (pixels * (BINS / 256)).floor().clamp(0, BINS - 1).to(torch.int64)
+        bins = ((pixels + 0.5) * (BINS / 256)).floor().clamp(0, BINS - 1).to(torch.int64)
         self.histogram += torch.bincount(bins.flatten(), minlength=BINS)
 
     def finish(self, name: str, mean: float, std: float) -> ChannelStatistics:

@@ -60,6 +60,7 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
     ):
         one_pass(module)
         module.graph.eliminate_dead_code()
+    _require_free_batch(module)
     _require_single_tensors(module)
     _drop_unused_buffers(module)
     module.graph.lint()
@@ -96,8 +97,8 @@ def _fold_constants(module: fx.GraphModule) -> None:
                 kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "pin_memory", "layout")}
                 values[node] = node.target(probe, *node.args[1:], **kwargs)
             elif (
-                inputs
-                and all(i in values for i in inputs)
+                (inputs
+                and all(i in values for i in inputs))
                 or (not inputs and node.target is not aten.sym_size.int)
             ):
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
@@ -317,6 +318,15 @@ def _depthwise(module: fx.GraphModule, norm: fx.Node, name: str, factor: Tensor,
     node = insert_call(norm, aten.conv2d.default, (x, weight, bias, [1, 1], [0, 0], [1, 1], channels))
     node.meta["affine"] = True
     return node
+
+
+def _require_free_batch(module: fx.GraphModule) -> None:
+    image = next(n for n in module.graph.nodes if n.op == "placeholder")
+    if isinstance(image.meta["val"].shape[0], int):
+        raise GraphError(
+            f"an operator of the network fixes the batch size to {image.meta['val'].shape[0]}",
+            hint="make its forward independent of the batch size (no fixed batch in view or reshape)",
+        )
 
 
 def _require_single_tensors(module: fx.GraphModule) -> None:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from metaaug_cli.onnx_passes import add_initializer, constant_array
 
-_HANDLED_BY_RUNTIME = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Flatten"}
+_HANDLED_BY_RUNTIME = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Flatten", "MaxPool"}
 _MOVED_HERE = {"Concat", "Split", "Resize", "DepthToSpace", "SpaceToDepth", "Pad", "Gather", "Expand", "Tile"}
 
 
@@ -61,7 +61,7 @@ def _keeps_values(node: ir.Node) -> bool:
         return node.attributes.get_string("mode", "nearest") == "nearest"
     if node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant":
         value = node.inputs[2] if len(node.inputs) > 2 else None
-        return value is None or value.const_value is not None and not np.any(constant_array(value))
+        return value is None or (value.const_value is not None and not np.any(constant_array(value)))
     return True
 
 

@@ -50,7 +50,11 @@ def add_weight_zero_points(model: ir.Model) -> None:
     """Write out the zero points (all 0) of weight codes: without them a Gemm stays in float."""
     for node in model.graph:
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-        if codes is None or codes.const_value is None or len(node.inputs) > 2 and node.inputs[2] is not None:
+        if (
+            codes is None
+            or codes.const_value is None
+            or (len(node.inputs) > 2 and node.inputs[2] is not None)
+        ):
             continue
         if codes.dtype is None or codes.dtype == ir.DataType.INT32:
             continue
@@ -69,7 +73,7 @@ def name_tensors(model: ir.Model) -> None:
     The codes of activation quantizer ``NAME`` (whose scale is ``NAME.scale``) become ``NAME.codes``, its
     dequantized values ``NAME.values``. A quantizer used at several places gets ``NAME.2`` and so on.
     """
-    taken = {name for name in model.graph.initializers}
+    taken = set(model.graph.initializers)
     for quantize, clip, dequantize in list(quantizer_nodes(model.graph)):
         scale = quantize.inputs[1]
         if scale is None or scale.name is None or not scale.name.endswith(SCALE):
@@ -153,7 +157,7 @@ def _spatial_padding(pad: ir.Node) -> list[int] | None:
     if pad.attributes.get_string("mode", "constant") != "constant":
         return None
     constants = [v for v in pad.inputs[1:] if v is not None]
-    if any(v.const_value is None for v in constants) or len(pad.inputs) > 3 and pad.inputs[3] is not None:
+    if any(v.const_value is None for v in constants) or (len(pad.inputs) > 3 and pad.inputs[3] is not None):
         return None
     if len(pad.inputs) > 2 and pad.inputs[2] is not None and np.any(constant_array(pad.inputs[2]) != 0):
         return None
@@ -178,25 +182,31 @@ def remove_unused(model: ir.Model) -> None:
 
 def drop_if_unused(graph: ir.Graph, value: ir.Value) -> None:
     """Remove an initializer that no node reads."""
-    if value.name in graph.initializers and not value.uses() and value not in graph.outputs:
+    if value.name is None or value.name not in graph.initializers:
+        return
+    if not value.uses() and value not in graph.outputs:
         del graph.initializers[value.name]
 
 
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Register a constant under a name and return its value."""
     tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    value = ir.Value(
+        name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+    )
     graph.register_initializer(value)
     return value
 
 
 def constant_array(value: ir.Value | None) -> np.ndarray:
     """The data of a constant input."""
-    assert value is not None and value.const_value is not None
+    assert value is not None
+    assert value.const_value is not None
     return value.const_value.numpy()
 
 
 def base_name(value: ir.Value | None, suffix: str) -> str:
     """A tensor's name without its suffix."""
-    assert value is not None and value.name is not None
+    assert value is not None
+    assert value.name is not None
     return value.name.removesuffix(suffix)

@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 CODES, SCALE = ".codes", ".scale"
-_RANGES = {
+RANGES: dict[int, tuple[int, int]] = {
     onnx.TensorProto.UINT8: (0, 255),
     onnx.TensorProto.INT8: (-128, 127),
     onnx.TensorProto.UINT16: (0, 65535),
@@ -21,7 +21,33 @@ _RANGES = {
     onnx.TensorProto.UINT2: (0, 3),
     onnx.TensorProto.INT2: (-2, 1),
 }
-_PASSES_ON = {"Cast", "Sub", "Identity", "Reshape", "Transpose"}
+MOVEMENT = {
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "Flatten",
+    "Split",
+    "Gather",
+    "Expand",
+    "MaxPool",
+}
+WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_UNPACKING = {"Cast", "Sub"}
+_BOUNDS = {"Clip": (1, 2), "Max": (1, 9), "Min": (9, 1)}  # inputs with the lower and upper bound; 9 is none
+_INTEGER_KERNELS = {
+    "Conv",
+    "Gemm",
+    "MatMul",
+    "Add",
+    "Mul",
+    "GlobalAveragePool",
+    "AveragePool",
+    "Concat",
+    "Sigmoid",
+    "LeakyRelu",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +62,8 @@ class CodeTensor:
         zero_point: Codes of the value 0, as many as scales.
         low: Least code that can occur.
         high: Greatest code that can occur.
+        exact: Whether the codes come from an integer kernel (or straight from the input), so that two correct
+            runtimes must agree on every one of them. Behind a float operator the last bit decides ties.
     """
 
     name: str
@@ -45,6 +73,7 @@ class CodeTensor:
     zero_point: tuple[int, ...]
     low: int
     high: int
+    exact: bool
 
     @property
     def bits(self) -> int:
@@ -59,7 +88,8 @@ class WeightTensor:
     Args:
         name: Name of the layer.
         kind: "weight" or "bias".
-        op: Operator that reads it.
+        op: Operator that reads it, "" for none.
+        bias: What that operator adds: "int32" codes, "float" values, or None.
         onnx_type: Element type it is stored in.
         shape: Shape of the codes.
         scales: All step sizes.
@@ -70,6 +100,7 @@ class WeightTensor:
     name: str
     kind: str
     op: str
+    bias: str | None
     onnx_type: int
     shape: tuple[int, ...]
     scales: np.ndarray
@@ -109,31 +140,130 @@ def code_tensors(model: onnx.ModelProto) -> tuple[CodeTensor, ...]:
 
 def _code_tensors(view: GraphView) -> Iterator[CodeTensor]:
     for node in view.graph.node:
-        if (
-            node.op_type != "QuantizeLinear"
-            or node.input[0] in view.constants
-            or node.input[1] not in view.constants
-        ):
+        scale_is_known = node.op_type == "QuantizeLinear" and node.input[1] in view.constants
+        if not scale_is_known or node.input[0] in view.constants:
             continue
-        scale = view.constant(node.input[1])
-        zero_point, onnx_type = _zero_point(view, node, scale)
-        low, high = _RANGES.get(onnx_type, (0, 255))
-        tensor = node.output[0]
-        users = view.consumers[tensor]
-        if len(users) == 1 and users[0].op_type == "Clip":
-            bounds = [view.optional(users[0], i) for i in (1, 2)]
-            low = max(low, int(view.constant(bounds[0]))) if bounds[0] in view.constants else low
-            high = min(high, int(view.constant(bounds[1]))) if bounds[1] in view.constants else high
-            tensor = users[0].output[0]
-        name = tensor.removesuffix(CODES) if tensor.endswith(CODES) else node.input[1].removesuffix(SCALE)
-        scales = tuple(float(s) for s in scale.reshape(-1))
-        yield CodeTensor(name, tensor, onnx_type, scales, zero_point, low, high)
+        zero_point, onnx_type = _zero_point(view, node)
+        low, high = activation_range(view, node)
+        clip = _clip_of_codes(view, node)
+        tensor = node.output[0] if clip is None else clip.output[0]
+        yield CodeTensor(
+            name=tensor.removesuffix(CODES) if tensor.endswith(CODES) else node.input[1].removesuffix(SCALE),
+            tensor=tensor,
+            onnx_type=onnx_type,
+            scale=tuple(float(s) for s in view.constant(node.input[1]).reshape(-1)),
+            zero_point=zero_point,
+            low=low,
+            high=high,
+            exact=_is_exact(view, node.input[0]),
+        )
 
 
-def _zero_point(view: GraphView, node: onnx.NodeProto, scale: np.ndarray) -> tuple[tuple[int, ...], int]:
-    name = view.optional(node, 2)
+def activation_range(view: GraphView, quantize: onnx.NodeProto) -> tuple[int, int]:
+    """Least and greatest code that a QuantizeLinear, with a Clip before or after it, can give."""
+    zero_point, onnx_type = _zero_point(view, quantize)
+    low, high = RANGES.get(onnx_type, (0, 255))
+    clip = _clip_of_codes(view, quantize)
+    if clip is not None:
+        bounds = _bounds(view, clip, low, high)
+        return max(low, int(bounds[0])), min(high, int(bounds[1]))
+    before = view.producer.get(quantize.input[0])
+    scale = view.constant(quantize.input[1])
+    while scale.size == 1 and before is not None and before.op_type in _BOUNDS:
+        step, zero = float(scale.reshape(())), zero_point[0]
+        bounds = _bounds(view, before, (low - zero) * step, (high - zero) * step)
+        low, high = max(low, round(bounds[0] / step) + zero), min(high, round(bounds[1] / step) + zero)
+        before = view.producer.get(before.input[0])
+    return low, high
+
+
+def _clip_of_codes(view: GraphView, quantize: onnx.NodeProto) -> onnx.NodeProto | None:
+    users = view.consumers[quantize.output[0]]
+    return users[0] if len(users) == 1 and users[0].op_type == "Clip" else None
+
+
+def _bounds(view: GraphView, node: onnx.NodeProto, low: float, high: float) -> tuple[float, float]:
+    """Constant bounds that a Clip, Max or Min sets, with defaults for those it does not."""
+    names = [view.optional(node, i) for i in _BOUNDS[node.op_type]]
+    known = [float(view.constant(n)) if n is not None and n in view.constants else None for n in names]
+    return low if known[0] is None else known[0], high if known[1] is None else known[1]
+
+
+def _is_exact(view: GraphView, name: str) -> bool:
+    node = view.producer.get(name)
+    while node is not None and node.op_type in MOVEMENT | {"Relu", *_BOUNDS}:
+        name = node.input[0]
+        node = view.producer.get(name)
+    if node is None or node.op_type == "DequantizeLinear":
+        return True
+    return node.op_type in _INTEGER_KERNELS and all(_is_dequantized(view, i) for i in node.input if i)
+
+
+def _is_dequantized(view: GraphView, name: str) -> bool:
+    node = view.producer.get(name)
+    while node is not None and node.op_type in MOVEMENT:
+        node = view.producer.get(node.input[0])
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _zero_point(view: GraphView, quantize: onnx.NodeProto) -> tuple[tuple[int, ...], int]:
+    name = view.optional(quantize, 2)
     if name is None or name not in view.constants:
-        declared = next((a.i for a in node.attribute if a.name == "output_dtype"), 0)
-        return (0,) * scale.size, declared or onnx.TensorProto.UINT8
+        declared = next((a.i for a in quantize.attribute if a.name == "output_dtype"), 0)
+        return (0,) * view.constant(quantize.input[1]).size, declared or onnx.TensorProto.UINT8
     values = view.constant(name).astype(np.int64).reshape(-1)
     return tuple(int(v) for v in values), view.constants[name].data_type
+
+
+def weight_tensors(model: onnx.ModelProto) -> tuple[WeightTensor, ...]:
+    """The quantized weights and biases of a model in graph order."""
+    view = GraphView(model)
+    return tuple(
+        _weight_tensor(view, node)
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and _stored(view, node.input[0]) is not None
+    )
+
+
+def _stored(view: GraphView, name: str) -> str | None:
+    """The constant that holds codes, behind the Cast and Sub of packed ones."""
+    node = view.producer.get(name)
+    while node is not None and node.op_type in _UNPACKING:
+        name = node.input[0]
+        node = view.producer.get(name)
+    return name if name in view.constants else None
+
+
+def _weight_tensor(view: GraphView, node: onnx.NodeProto) -> WeightTensor:
+    stored = _stored(view, node.input[0])
+    assert stored is not None
+    codes = view.constant(stored).astype(np.int64)
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    scales = view.constant(node.input[1]).reshape(-1)
+    channels = (
+        np.moveaxis(codes, axis, 0).reshape(scales.size, -1) if scales.size > 1 else codes.reshape(1, -1)
+    )
+    span = int((channels.max(1) - channels.min(1)).max(initial=0)) if codes.size else 0
+    zero_point = view.optional(node, 2)
+    reader = next(iter(view.consumers[node.output[0]]), None)
+    is_bias = view.constants[stored].data_type == onnx.TensorProto.INT32
+    layer = reader.name if reader is not None and reader.name else node.input[0]
+    return WeightTensor(
+        name=node.input[0].removesuffix(CODES) if node.input[0].endswith(CODES) else layer,
+        kind="bias" if is_bias else "weight",
+        op=reader.op_type if reader is not None else "",
+        bias=_bias_kind(view, reader),
+        onnx_type=view.constants[stored].data_type,
+        shape=tuple(codes.shape),
+        scales=scales,
+        bits=32 if is_bias else max(1, span.bit_length()),
+        symmetric=zero_point is None or not view.constant(zero_point).any(),
+    )
+
+
+def _bias_kind(view: GraphView, layer: onnx.NodeProto | None) -> str | None:
+    name = None if layer is None or layer.op_type not in WEIGHTED else view.optional(layer, 2)
+    if name is None:
+        return None
+    producer = view.producer.get(name)
+    return "int32" if producer is not None and producer.op_type == "DequantizeLinear" else "float"

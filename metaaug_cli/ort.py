@@ -17,7 +17,7 @@ from metaaug_cli.errors import InputError
 if TYPE_CHECKING:
     import onnxruntime
 
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4  # every failure also raises
 EXACT_OPTION = "session.x64quantprecision"
 _VNNI_FLAGS = {"avx512_vnni", "avx_vnni"}
 
@@ -133,7 +133,7 @@ def open_session(
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
-    settings.log_severity_level = _ERRORS_ONLY
+    settings.log_severity_level = _FATAL_ONLY
     level = ort.GraphOptimizationLevel
     settings.graph_optimization_level = level.ORT_ENABLE_ALL if optimize == "all" else level.ORT_DISABLE_ALL
     if threads is not None:

@@ -12,29 +12,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
+from torch import Tensor, fx
 
 from metaaug_cli.artifacts import Fingerprint, RunDirectory, RunInfo, hash_graph
-from metaaug_cli.blocks import Block, Chain, build_chain, search_activation_scales
+from metaaug_cli.blocks import Block, Chain, search_activation_scales
 from metaaug_cli.cache import BlockData, Budget, Stream, default_budget, place_for, stage_bytes
-from metaaug_cli.capture import capture, export_program
+from metaaug_cli.capture import export_program
 from metaaug_cli.config import Recipe
 from metaaug_cli.data import CalibrationSet
 from metaaug_cli.deploy import deploy
 from metaaug_cli.errors import MetaAugError, UsageError
 from metaaug_cli.models import LoadedModel
-from metaaug_cli.placement import Bits, place
-from metaaug_cli.reconstruct import BlockHistory, Schedule, rate_factor, reconstruct_block
+from metaaug_cli.prepare import prepare_chain, schedule_of
+from metaaug_cli.reconstruct import BlockHistory, reconstruct_block
 
 _logger = logging.getLogger(__name__)
 _SCALE_SEARCH_IMAGES = 64
 _AGREEMENT_IMAGES, _AGREEMENT_BATCH = 256, 32
-
-# What each method learns; every other difference between them is a recipe field.
-_LEARNS_WEIGHT_SCALE = {"genie"}
-_LEARNS_ACT_SCALE = {"brecq", "qdrop", "genie"}
-_DROPS = {"qdrop", "genie"}
 
 
 class Progress(Protocol):
@@ -105,9 +99,10 @@ def quantize(
     """
     progress = progress or _Silent()
     target = pick_device(device)
-    input_size = calibration.images.shape[1:]
-    program = export_program(model.module, tuple(input_size))
-    chain = rebuild_chain(program, tuple(input_size), recipe)
+    channels, height, width = calibration.images.shape[1:]
+    input_size = (channels, height, width)
+    program = export_program(model.module, input_size)
+    chain = prepare_chain(program, input_size, recipe)
 
     info = _run_info(model, calibration, recipe, chain, str(target), command)
     directory = RunDirectory(run_dir) if run_dir else None
@@ -116,25 +111,38 @@ def quantize(
     progress.planned(len(chain.blocks), schedule_of(recipe).iterations)
     started = time.monotonic()
     walker = _Walker(calibration.images, target, default_budget(target, cache_gb))
-    histories: list[BlockHistory] = []
     with _out_of_memory_hint():
-        for block in chain.to(target).blocks:
-            resumed = directory is not None and block.index < done
-            if directory is not None and resumed:
-                history = directory.load_block(block)
-                walker.enter(block, learns=False)
-            else:
-                history = _learn_block(block, walker, recipe, progress)
-                if directory is not None:
-                    directory.save_block(block, history)
-            histories.append(history)
-            progress.finished(block, history, resumed=resumed)
-            walker.leave(block)
+        histories = [
+            _walk_block(block, walker, recipe, progress, directory, resumed=block.index < done)
+            for block in chain.to(target).blocks
+        ]
     deployed = deploy(chain.to(torch.device("cpu")))
     metrics = _metrics(chain, histories, calibration.images, deployed, time.monotonic() - started)
     if directory is not None:
         directory.finish(info, metrics)
-    return QuantizedModel(chain.module, deployed, chain, histories, tuple(input_size), metrics)
+    return QuantizedModel(chain.module, deployed, chain, histories, input_size, metrics)
+
+
+def _walk_block(
+    block: Block,
+    walker: _Walker,
+    recipe: Recipe,
+    progress: Progress,
+    directory: RunDirectory | None,
+    *,
+    resumed: bool,
+) -> BlockHistory:
+    """Learn one block, or load it where an earlier run has finished it, and move past it."""
+    if directory is not None and resumed:
+        history = directory.load_block(block)
+        walker.enter(block, learns=False)
+    else:
+        history = _learn_block(block, walker, recipe, progress)
+        if directory is not None:
+            directory.save_block(block, history)
+    progress.finished(block, history, resumed=resumed)
+    walker.leave(block)
+    return history
 
 
 def _learn_block(block: Block, walker: _Walker, recipe: Recipe, progress: Progress) -> BlockHistory:
@@ -150,27 +158,6 @@ def _learn_block(block: Block, walker: _Walker, recipe: Recipe, progress: Progre
     )
     return reconstruct_block(
         block, data, schedule, generator=generator, tick=lambda i, n: progress.step(block, i, n)
-    )
-
-
-def rebuild_chain(program: nn.Module | ExportedProgram, input_size: tuple[int, ...], recipe: Recipe) -> Chain:
-    """Capture, place and cut: everything before learning, the same each time for the same inputs."""
-    module = capture(program, input_size)  # type: ignore[arg-type]
-    settings = recipe.quantization
-    placement = place(
-        module.graph,
-        kind=settings.placement,
-        bits=bits_of(recipe),
-        weight_symmetric=settings.weight_symmetric,
-        act_symmetric=settings.act_symmetric,
-        quantize_output=settings.quantize_output,
-    )
-    return build_chain(
-        module,
-        placement,
-        granularity="layer" if recipe.reconstruction.method == "adaround" else "block",
-        max_layers=recipe.reconstruction.max_block_layers,
-        scale_norm=recipe.reconstruction.scale_norm,
     )
 
 
@@ -210,40 +197,6 @@ class _Walker:
         else:
             self.float_stream.advance(block.float_block, place=None)
         self.quantized_stream.advance(block.quantized_block, place=self.place)
-
-
-def bits_of(recipe: Recipe) -> Bits:
-    """The recipe's bit-widths with ``same`` resolved."""
-    q = recipe.quantization
-    return Bits(
-        weight=q.weight_bits,
-        act=q.act_bits,
-        first_last_weight=q.weight_bits if q.first_last_bits == "same" else q.first_last_bits,
-        first_last_act=q.act_bits if q.first_last_bits == "same" else q.first_last_bits,
-        other_act=q.act_bits if q.other_act_bits == "same" else q.other_act_bits,
-        stem_output=q.stem_output_bits,
-    )
-
-
-def schedule_of(recipe: Recipe) -> Schedule:
-    """The recipe's reconstruction settings as one block's schedule."""
-    r = recipe.reconstruction
-    iterations = 0 if r.method == "nearest" else r.iterations
-    return Schedule(
-        iterations=iterations,
-        batch_size=r.batch_size,
-        quant_prob=r.quant_prob if r.method in _DROPS else 1.0,
-        rounding_lr=r.rounding_lr,
-        weight_scale_lr=r.weight_scale_lr,
-        act_scale_lr=r.act_scale_lr,
-        rate_factor=rate_factor(iterations) if r.lr_scale == "auto" else r.lr_scale,
-        rounding_weight=r.rounding_weight,
-        rounding_warmup=r.rounding_warmup,
-        beta_start=r.beta_start,
-        beta_end=r.beta_end,
-        learn_weight_scale=r.method in _LEARNS_WEIGHT_SCALE,
-        learn_act_scale=r.method in _LEARNS_ACT_SCALE,
-    )
 
 
 def pick_device(name: str) -> torch.device:

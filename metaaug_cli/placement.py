@@ -53,6 +53,7 @@ class ActivationSpec:
     bits: int
     symmetric: bool
     feeds_layer: bool
+    is_output: bool = False
     high: float = float("inf")
 
 
@@ -189,7 +190,8 @@ def _spec_of_class(
     is_integer = context.kind == "integer"
     if not layer_bits and not (is_integer and _needs_grid(context, root, consumers)):
         return None
-    if not layer_bits and any(u.op == "output" for u in consumers) and not context.quantize_output:
+    is_output = any(u.op == "output" for u in consumers)
+    if not layer_bits and is_output and not context.quantize_output:
         return None
     bits = min(layer_bits, default=context.bits.other_act)
     bounds = clamp_bounds(root) if root.op == "call_function" else None
@@ -204,6 +206,7 @@ def _spec_of_class(
         bits=bits,
         symmetric=context.act_symmetric and bool(layer_bits),
         feeds_layer=bool(layer_bits),
+        is_output=is_output,
         high=bounds[1] if bounds else float("inf"),
     )
 

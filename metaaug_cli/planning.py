@@ -14,6 +14,7 @@ from metaaug_cli.reconstruct import Schedule, training_step_runs
 from metaaug_cli.stages import stage_macs
 
 _TIMED_BATCH = 4
+_TIMED_STEPS = 3  # the first one warms up, and others may be slowed by the machine's other work
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class PlanRow:
 
 
 def plan_run(chain: Chain, schedule: Schedule, *, images: int, device: torch.device) -> list[PlanRow]:
-    """Describe every block; the time comes from one training step of each on four random images.
+    """Describe every block; the time comes from training steps of each on four random images.
 
     Args:
         chain: From ``pipeline.rebuild_chain``.
@@ -76,8 +77,8 @@ def _learning_seconds(block: Block, schedule: Schedule, device: torch.device) ->
         for value in block.stage.inputs
     )
     search_activation_scales(block, inputs)
-    _timed_step(block, inputs, schedule)
-    return _timed_step(block, inputs, schedule) * schedule.iterations * schedule.batch_size / _TIMED_BATCH
+    fastest = min(_timed_step(block, inputs, schedule) for _ in range(_TIMED_STEPS))
+    return fastest * schedule.iterations * schedule.batch_size / _TIMED_BATCH
 
 
 def _timed_step(block: Block, inputs: tuple[Tensor, ...], schedule: Schedule) -> float:

@@ -70,7 +70,7 @@ def global_average_pool(x: Tensor) -> Tensor:
 
 
 @fake_quantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
+def _(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 

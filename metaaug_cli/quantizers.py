@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from metaaug_cli.functional import (
+    drop_fake_quantize,
+    drop_mask,
     fake_quantize,
     inverse_soft_rounding,
     search_scale,
@@ -13,6 +15,8 @@ from metaaug_cli.functional import (
 )
 
 _SEARCH_SAMPLE = 1 << 17
+_STEP_PRIME = 2_654_435_761  # near 2^32 over the golden ratio, which spreads its multiples
+_CONTAINER_BITS = 8
 _LEAST_RELATIVE_SCALE = 2.0**-14
 
 
@@ -35,7 +39,10 @@ class WeightQuantizer(nn.Module):
         rows = weight.detach().flatten(1)
         largest = rows.abs().amax(1)
         mirrored = torch.stack([-largest, largest], 1) if symmetric else None
-        scale, zero_point = search_scale(rows, bits, symmetric=symmetric, norm=norm, full_range=mirrored)
+        # At 8 bits clipping gains nothing in the weight and loses agreement with float in the output.
+        scale, zero_point = search_scale(
+            rows, bits, symmetric=symmetric, norm=norm, full_range=mirrored, clip=bits < _CONTAINER_BITS
+        )
         if symmetric:
             zero_point = torch.full_like(zero_point, 2 ** (bits - 1))
         # A dead channel's scale near 0 would push its bias code past int32.
@@ -109,11 +116,12 @@ class ActivationQuantizer(nn.Module):
         bits: 2 to 8.
         symmetric: Zero point at 0 (nothing negative) or 2^(bits - 1); else searched.
         norm: Exponent of the scale search.
+        clip: Whether the search may clip; False for logits, whose greatest values are what counts.
     """
 
-    def __init__(self, bits: int, *, symmetric: bool, norm: float = 2.4) -> None:
+    def __init__(self, bits: int, *, symmetric: bool, norm: float = 2.4, clip: bool = True) -> None:
         super().__init__()
-        self.bits, self.symmetric, self.norm = bits, symmetric, norm
+        self.bits, self.symmetric, self.norm, self.clip = bits, symmetric, norm, clip
         self.register_buffer("base_scale", torch.tensor(1.0))
         self.relative_scale = nn.Parameter(torch.tensor(1.0))
         self.register_buffer("zero_point", torch.tensor(0.0))
@@ -133,10 +141,9 @@ class ActivationQuantizer(nn.Module):
         """Set scale and zero point from the values ``x`` (any shape); large tensors are sampled evenly."""
         flat = x.detach().flatten()
         full_range = torch.stack([flat.amin(), flat.amax()])[None]
-        stride = max(1, flat.numel() // _SEARCH_SAMPLE)
-        sample = flat[::stride][None]
+        sample = _spread_sample(flat, _SEARCH_SAMPLE)[None]
         scale, zero_point = search_scale(
-            sample, self.bits, symmetric=self.symmetric, norm=self.norm, full_range=full_range
+            sample, self.bits, symmetric=self.symmetric, norm=self.norm, full_range=full_range, clip=self.clip
         )
         self.base_scale.copy_(scale[0])
         self.relative_scale.fill_(1.0)
@@ -144,11 +151,10 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid, or mixed element by element with full precision while training."""
-        quantized = fake_quantize(x, self.scale, self.zero_point, self.bits)
         if self.quant_prob >= 1.0:
-            return quantized
-        keep = torch.rand(x.shape, generator=self.generator, device=x.device) < self.quant_prob
-        return torch.where(keep, quantized, x)
+            return fake_quantize(x, self.scale, self.zero_point, self.bits)
+        mask = drop_mask(x, self.quant_prob, self.generator)
+        return drop_fake_quantize(x, self.scale, self.zero_point, self.bits, mask)
 
     def state(self) -> dict[str, Tensor]:
         """Scale (float32) and zero point (uint8), both 0-d."""
@@ -163,3 +169,12 @@ class ActivationQuantizer(nn.Module):
             self.base_scale.copy_(state["scale"])
             self.relative_scale.fill_(1.0)
             self.zero_point.copy_(state["zero_point"].float())
+
+
+def _spread_sample(values: Tensor, count: int) -> Tensor:
+    """Up to ``count`` of the values (n,), spread evenly; the same ones each time."""
+    if values.numel() <= count:
+        return values
+    # A plain stride shares factors with the image's width and would see the same few columns only.
+    positions = torch.arange(count, device=values.device) * _STEP_PRIME % values.numel()
+    return values[positions]

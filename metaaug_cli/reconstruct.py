@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaaug_cli.blocks import Block
 from metaaug_cli.cache import BlockData, Values
+from metaaug_cli.functional import drop_mask
 from metaaug_cli.losses import annealed_beta, reconstruction_loss, rounding_regularizer
 
 PUBLISHED_ITERATIONS = 20_000
@@ -29,6 +30,9 @@ Tick = Callable[[int, int], None]
 class Schedule:
     """How one block is learned; rates are Adam's at the published 20 000 iterations.
 
+    The scale rates are relative to each searched scale, so that they mean the same for 2 and 8 bits and before
+    and after batch-norm folding; the published 1e-4 and 4e-5 are absolute, on unfolded weights.
+
     Args:
         iterations: Optimizer steps; 0 learns nothing.
         batch_size: Images per step.
@@ -42,8 +46,8 @@ class Schedule:
     batch_size: int = 32
     quant_prob: float = 0.5
     rounding_lr: float = 1e-3
-    weight_scale_lr: float = 1e-4
-    act_scale_lr: float = 4e-5
+    weight_scale_lr: float = 1e-3
+    act_scale_lr: float = 1e-4
     rate_factor: float = 1.0
     rounding_weight: float = 1.0
     rounding_warmup: float = 0.2
@@ -113,11 +117,8 @@ def mix(quantized: Values, full_precision: Values, quant_prob: float, generator:
     """QDrop's input mix: each element from the quantized stream with probability ``quant_prob``."""
     if quant_prob >= 1.0:
         return quantized
-    mixed = []
-    for q, fp in zip(quantized, full_precision, strict=True):
-        keep = torch.rand(q.shape, generator=generator, device=q.device) < quant_prob
-        mixed.append(torch.where(keep, q, fp))
-    return tuple(mixed)
+    pairs = zip(quantized, full_precision, strict=True)
+    return tuple(torch.lerp(fp, q, drop_mask(q, quant_prob, generator)) for q, fp in pairs)
 
 
 def training_step_runs(block: Block, inputs: Values, schedule: Schedule) -> None:

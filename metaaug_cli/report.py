@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter
 from metaaug_cli.evaluation import Evaluation
 from metaaug_cli.files import write_atomically
 from metaaug_cli.gates import Gate
+from metaaug_cli.parity import LayerParity, Parity
 
 SCHEMA_VERSION: Literal[1] = 1
 _SCHEMA_TITLE = "metaaug evaluation report"
@@ -54,6 +55,23 @@ class Kernels:
 
 
 @dataclass(frozen=True)
+class ParityReport:
+    """Codes of the simulation, and of the integer reference where it ran, against ONNX Runtime's."""
+
+    images: Annotated[int, Field(description="images compared")]
+    passed: bool
+    verdict: Annotated[
+        str, Field(description="passed, or the first layer out of tolerance and its worst case")
+    ]
+    simulation: Annotated[bool, Field(description="simulation within tolerance, layer by layer")]
+    reference: Annotated[bool | None, Field(description="integer reference exact; null when it did not run")]
+    top1_agreement: Annotated[float, Field(description="simulation against ONNX Runtime")]
+    max_logit_difference: float
+    logit_std: Annotated[float, Field(description="standard deviation of ONNX Runtime's logits")]
+    layers: Annotated[tuple[LayerParity, ...], Field(description="one entry per activation quantizer")]
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything `metaaug evaluate` found out."""
 
@@ -62,13 +80,26 @@ class Report:
     data: DataSummary
     onnx: OnnxFile
     evaluation: Annotated[Evaluation, Field(description="fractions in 0..1, drops in points")]
-    parity: Annotated[
-        dict[str, Any] | None, Field(description="codes of the simulation against ONNX Runtime")
-    ]
+    parity: Annotated[ParityReport | None, Field(description="null for a bare ONNX file")]
     kernels: Kernels
     gates: Annotated[tuple[Gate, ...], Field(description="the limits that were asked for")]
     passed: Annotated[bool, Field(description="whether every gate was met")]
     versions: Annotated[dict[str, str], Field(description="Python and the libraries that took part")]
+
+
+def summarize_parity(parity: Parity) -> ParityReport:
+    """What the report keeps of a parity check."""
+    return ParityReport(
+        images=parity.images,
+        passed=parity.passed,
+        verdict=parity.verdict(),
+        simulation=parity.gate_b,
+        reference=None if parity.reference_top1_agreement is None else parity.gate_a,
+        top1_agreement=parity.top1_agreement,
+        max_logit_difference=parity.max_logit_difference,
+        logit_std=parity.logit_std,
+        layers=parity.layers,
+    )
 
 
 def report_to_dict(report: Report) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 import onnx
 import onnxruntime
 import torch
-from torch import nn
 from torch.export import ExportedProgram
 
 from metaaug_cli.errors import InputError, UsageError
@@ -28,6 +27,7 @@ from metaaug_cli.manifest import Manifest, read_manifest
 from metaaug_cli.models import LoadedModel, load_model
 from metaaug_cli.ort import open_session
 from metaaug_cli.preprocessing import Preprocessing
+from metaaug_cli.simulation import IntegerSimulation
 
 _logger = logging.getLogger(__name__)
 
@@ -51,15 +51,18 @@ class Target:
     predictors: dict[str, Predictor]
     onnx_path: Path
     session_options: Mapping[str, str]
-    deployed: nn.Module | None
+    deployed: IntegerSimulation | None
     num_outputs: int
 
 
-def open_target(path: Path, *, model: str | None, options: Mapping[str, Any]) -> Target:
+def open_target(
+    path: Path, *, onnx_path: Path | None = None, model: str | None = None, options: Mapping[str, Any]
+) -> Target:
     """Open a run directory or an ONNX file.
 
     Args:
         path: Directory that ``metaaug quantize`` wrote, or any ``.onnx`` file.
+        onnx_path: For a directory only: a file exported from it, instead of its own.
         model: For a file only: the float network to compare with.
         options: For a file only: keyword arguments of ``load_model``, without ``model`` fields of
             ``Preprocessing``.
@@ -75,7 +78,11 @@ def open_target(path: Path, *, model: str | None, options: Mapping[str, Any]) ->
                 f"{', '.join(flags)} cannot be combined with a run directory, which knows its model",
                 hint="leave them out, or evaluate the exported .onnx file instead",
             )
-        return _open_run(path)
+        return _open_run(path, onnx_path)
+    if onnx_path is not None:
+        raise UsageError(
+            f"--onnx goes with a run directory, and {path} is none", hint="give one file as TARGET"
+        )
     if not path.exists():
         raise InputError(f"{path} does not exist", hint="give a run directory or an .onnx file")
     if path.suffix != ".onnx":
@@ -83,23 +90,28 @@ def open_target(path: Path, *, model: str | None, options: Mapping[str, Any]) ->
     return _open_onnx(path, model, options)
 
 
-def _open_run(path: Path) -> Target:
+def _open_run(path: Path, onnx_path: Path | None) -> Target:
     from metaaug_cli.artifacts import load_run
 
     run = load_run(path)
-    session = open_session(run.onnx_path)
+    file = onnx_path or run.onnx_path
+    manifest = _manifest_of(file)
+    session_options = manifest.packing.session_options if manifest else {}
+    session = open_session(file, options=session_options)
+    _check_input_shape(session, run.preprocessing)
     bits = run.recipe.quantization
+    simulation = IntegerSimulation(run.simulated_module)
     return Target(
         name=f"{run.info['model']} W{bits.weight_bits}A{bits.act_bits}, {bits.placement} placement",
         preprocessing=run.preprocessing,
         predictors={
             FLOAT: torch_predictor(run.float_module),
-            SIMULATED: torch_predictor(run.simulated_module),
+            SIMULATED: torch_predictor(simulation),
             ONNXRUNTIME: onnx_predictor(session),
         },
-        onnx_path=run.onnx_path,
-        session_options={},
-        deployed=run.simulated_module,
+        onnx_path=file,
+        session_options=session_options,
+        deployed=simulation,
         num_outputs=run.num_outputs,
     )
 
@@ -115,13 +127,7 @@ def _open_onnx(path: Path, spec: str | None, options: Mapping[str, Any]) -> Targ
     predictors: dict[str, Predictor] = {FLOAT: _float_predictor(loaded)} if loaded else {}
     predictors[ONNXRUNTIME] = onnx_predictor(session)
     _check_input_shape(session, preprocessing)
-    example = torch.zeros(1, preprocessing.channels, *preprocessing.size)
-    logits = predictors[ONNXRUNTIME](example)
-    if logits.dim() != 2:
-        raise InputError(
-            f"{path.name} gives an output of shape {tuple(logits.shape)}, not one row of logits an image",
-            hint="metaaug evaluates image classifiers: its first output must be (images, classes)",
-        )
+    num_outputs = _count_outputs(predictors[ONNXRUNTIME], preprocessing)
     return Target(
         name=f"{path.name}, made from {manifest.model}" if manifest else path.name,
         preprocessing=preprocessing,
@@ -129,8 +135,18 @@ def _open_onnx(path: Path, spec: str | None, options: Mapping[str, Any]) -> Targ
         onnx_path=path,
         session_options=session_options,
         deployed=None,
-        num_outputs=logits.shape[1],
+        num_outputs=num_outputs,
     )
+
+
+def _count_outputs(predictor: Predictor, preprocessing: Preprocessing) -> int:
+    logits = predictor(torch.zeros(1, preprocessing.channels, *preprocessing.size))
+    if logits.dim() != 2:
+        raise InputError(
+            f"the file gives an output of shape {tuple(logits.shape)}, not one row of logits an image",
+            hint="metaaug evaluates image classifiers: its first output must be (images, classes)",
+        )
+    return logits.shape[1]
 
 
 def _manifest_of(path: Path) -> Manifest | None:

@@ -9,18 +9,17 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib import import_module
 from itertools import pairwise
-from types import ModuleType
 from typing import Annotated
 
 import typer
 
 from metaaug_cli import __version__
+from metaaug_cli.cli import calibrate, demo, evaluate, export, quantize
 from metaaug_cli.cli.console import Console, LogHandler, reserve_stdout
 from metaaug_cli.errors import MetaAugError
 
-GATE_MISSED, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
+USAGE, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
 _INPUT_ERRNOS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS}
 
 EPILOG = """\
@@ -71,25 +70,8 @@ def _root(
         typer.echo(context.get_help())
 
 
-def _register() -> None:
-    """Let each command module add itself; every one has ``register(app)``."""
-    for name in ("demo", "calibrate", "quantize", "evaluate", "export"):
-        module = _command_module(name)
-        if module is not None:
-            module.register(app)
-
-
-def _command_module(name: str) -> ModuleType | None:
-    full = f"metaaug_cli.cli.{name}"
-    try:
-        return import_module(full)
-    except ModuleNotFoundError as exc:
-        if exc.name != full:
-            raise
-        return None
-
-
-_register()
+for _command in (demo, calibrate, quantize, evaluate, export):
+    _command.register(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program name; the process's own by default.
     """
+    # Spinning threads make a shared machine ten times slower; read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter is no reason to stop
@@ -148,9 +132,9 @@ def _explain(exc: BaseException) -> tuple[str, str | None, int]:
         context = getattr(exc, "ctx", None)
         command = context.command_path if context is not None else "metaaug"
         return exc.format_message(), f"{command} --help shows every option, with examples", USAGE
+    if isinstance(exc, BrokenPipeError) or isinstance(exc.__context__, BrokenPipeError):
+        return "", None, BROKEN_PIPE
     if isinstance(exc, SystemExit):
-        if not exc.code:
-            return "", None, 0
         return f"something called exit({exc.code!r}) during the run", None, FAILED
     if isinstance(exc, OSError) and exc.errno in _INPUT_ERRNOS:
         where = f"{exc.filename}: " if exc.filename else ""

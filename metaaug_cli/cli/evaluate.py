@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from metaaug_cli.cli.console import Console
+from metaaug_cli.cli.evaluation_view import show_report
 from metaaug_cli.cli.options import (
     DATA_PANEL,
     MODEL_PANEL,
@@ -27,17 +29,17 @@ from metaaug_cli.cli.options import (
     model_options,
 )
 from metaaug_cli.errors import InputError, UsageError
+from metaaug_cli.files import write_atomically
 
 if TYPE_CHECKING:
     from metaaug_cli.data import ImageFolder
-    from metaaug_cli.evaluation import Evaluation, Score
-    from metaaug_cli.report import Kernels, Report
+    from metaaug_cli.parity import Parity
+    from metaaug_cli.report import Report
     from metaaug_cli.targets import Target
 
 GATE_PANEL = "Gates (a missed one is exit code 1)"
-_SHOWN = {"float": "float", "simulated": "simulated", "onnxruntime": "ONNX Runtime"}
-_KINDS = ("Conv", "Gemm", "Add")
-_NAMED_NODES = _NAMED_FILES = 5
+_NAMED_FILES = 5
+_PARITY_IMAGES = 256
 
 EPILOG = """\
 [bold]A run directory[/bold], float, simulated and in ONNX Runtime side by side
@@ -110,6 +112,15 @@ ParityOpt = Annotated[
         rich_help_panel=GATE_PANEL,
     ),
 ]
+OnnxOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--onnx",
+        metavar="FILE",
+        help="For a run directory: run this file exported from it, not the run's own.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 ModelOpt = Annotated[
     str | None,
     typer.Option(
@@ -146,6 +157,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     target: TargetArg,
     data: DataOpt,
+    onnx: OnnxOpt = None,
     classes: ClassesOpt = None,
     no_labels: NoLabelsOpt = False,
     num: NumOpt = None,
@@ -187,7 +199,7 @@ def evaluate(
 
     check_limits(max_drop=max_drop, min_agreement=min_agreement)
     folder = _scan(data, classes, no_labels)
-    opened = open_target(target, model=model, options=options)
+    opened = open_target(target, onnx_path=onnx, model=model, options=options)
     _check_classes(folder, opened.num_outputs)
     check_possible(
         opened.predictors,
@@ -195,13 +207,20 @@ def evaluate(
         max_drop=max_drop,
         min_agreement=min_agreement,
     )
+    if parity and opened.deployed is None:
+        raise UsageError(
+            "--parity needs the simulation, which a bare .onnx file does not hold",
+            hint="evaluate the run directory; --onnx FILE checks a file exported from it",
+        )
     console.note(f"{opened.name}: {opened.preprocessing.describe()}")
     report = _measure(console, target, opened, folder, _draw(folder, num, seed), batch, limits)
-    _show(console, report)
+    show_report(console, report)
     console.data(report_to_dict(report))
     if junit is not None:
         write_junit(junit, report.gates, target=str(target), properties=_properties(report))
         console.note(f"gates written to {junit}")
+    if target.is_dir():
+        _record(console, target, report)
     require(report.gates)
 
 
@@ -242,10 +261,17 @@ def _measure(
 ) -> Report:
     from metaaug_cli.data import iter_labelled_batches
     from metaaug_cli.evaluation import predict, score
-    from metaaug_cli.gates import accuracy_gates
+    from metaaug_cli.gates import accuracy_gates, parity_gates
     from metaaug_cli.manifest import package_versions
     from metaaug_cli.ort import count_kernels
-    from metaaug_cli.report import SCHEMA_VERSION, DataSummary, Kernels, Report, describe_onnx
+    from metaaug_cli.report import (
+        SCHEMA_VERSION,
+        DataSummary,
+        Kernels,
+        Report,
+        describe_onnx,
+        summarize_parity,
+    )
 
     skipped: list[str] = []
     batches = iter_labelled_batches(
@@ -258,8 +284,11 @@ def _measure(
         shown = "".join(f"\n{item}" for item in skipped[:_NAMED_FILES])
         more = f"\nand {len(skipped) - _NAMED_FILES} more" if len(skipped) > _NAMED_FILES else ""
         console.warn(f"{len(skipped)} unreadable files skipped:{shown}{more}")
+    found = _check_parity(console, opened, folder, indices, batch, gated=limits.parity)
     kernels = count_kernels(opened.onnx_path, options=opened.session_options)
     gates = accuracy_gates(evaluation, max_drop=limits.max_drop, min_agreement=limits.min_agreement)
+    if found is not None and limits.parity:
+        gates += parity_gates(found, evaluation)
     return Report(
         schema_version=SCHEMA_VERSION,
         target=str(path),
@@ -272,7 +301,7 @@ def _measure(
         ),
         onnx=describe_onnx(opened.onnx_path),
         evaluation=evaluation,
-        parity=None,
+        parity=None if found is None else summarize_parity(found),
         kernels=Kernels(dict(kernels.integer), dict(kernels.floating), kernels.float_nodes),
         gates=tuple(gates),
         passed=all(gate.passed for gate in gates),
@@ -280,51 +309,52 @@ def _measure(
     )
 
 
-def _show(console: Console, report: Report) -> None:
-    show_evaluation(console, report.evaluation, title=f"{report.target} on {report.data.images} images")
-    show_kernels(console, report.kernels)
-    for gate in report.gates:
-        console.verdict(gate.passed, f"{gate.name}: {gate.text}")
+def _check_parity(
+    console: Console,
+    opened: Target,
+    folder: ImageFolder,
+    indices: Sequence[int],
+    batch: int,
+    *,
+    gated: bool,
+) -> Parity | None:
+    """The gate takes every image and the integer reference; the mere verdict a sample without it."""
+    from metaaug_cli.data import iter_labelled_batches
+    from metaaug_cli.parity import check_parity
 
-
-def show_evaluation(console: Console, evaluation: Evaluation, *, title: str) -> None:
-    """The accuracy table: one row per version of the network."""
-    others = [name for name in ("float", "simulated") if name in evaluation.scores]
-    columns = ["network"]
-    if evaluation.labelled:
-        columns += ["top-1", "drop", "top-5", "NLL", "ECE"]
-        title += "\npercent; drop in points of top-1 with its paired standard error"
-    columns += [f"agreement\n{_SHOWN[name]}" for name in others]
-    rows = []
-    for name, result in evaluation.scores.items():
-        row: list[object] = [_SHOWN.get(name, name)]
-        if evaluation.labelled:
-            nll = None if result.nll is None else f"{result.nll:.3f}"
-            row += [_percent(result.top1), _drop(result), _percent(result.top5), nll, _percent(result.ece)]
-        rows.append(row + [_percent(result.agreement.get(other)) for other in others])
-    console.table(title, columns, rows)
-
-
-def show_kernels(console: Console, kernels: Kernels) -> None:
-    """How many nodes ONNX Runtime runs as integers, and which it does not."""
-    integer = sum(kernels.integer.get(kind, 0) for kind in _KINDS)
-    total = integer + sum(kernels.floating.get(kind, 0) for kind in _KINDS)
-    console.result(f"{integer} of {total} {'/'.join(_KINDS)} nodes run as integers")
-    floats = [node for node in kernels.float_nodes if node.split(" ")[0] in _KINDS]
-    if integer and floats:
-        more = f" and {len(floats) - _NAMED_NODES} more" if len(floats) > _NAMED_NODES else ""
-        console.result(f"in float: {', '.join(floats[:_NAMED_NODES])}{more}")
-
-
-def _percent(fraction: float | None) -> str | None:
-    return None if fraction is None else f"{100 * fraction:.2f}"
-
-
-def _drop(result: Score) -> str | None:
-    if result.drop is None:
+    if opened.deployed is None:
         return None
-    error = "" if result.drop_stderr is None else f"±{result.drop_stderr:.2f}"
-    return f"{result.drop:.2f}{error}"
+    if not gated and len(indices) > _PARITY_IMAGES:
+        indices = sorted(random.Random(0).sample(indices, _PARITY_IMAGES))
+    batches = iter_labelled_batches(folder, opened.preprocessing, batch_size=batch, indices=indices)
+    with console.progress("parity") as tick:
+        return check_parity(
+            opened.onnx_path,
+            opened.deployed,
+            (images for images, _ in batches),
+            reference=gated,
+            progress=lambda done, _: tick(done, len(indices)),
+        )
+
+
+def _record(console: Console, run_dir: Path, report: Report) -> None:
+    """Keep the accuracy in the run's metrics, from which an exported file's manifest takes it."""
+    from metaaug_cli.artifacts import METRICS_FILE
+
+    path = run_dir / METRICS_FILE
+    metrics = jsonlib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    metrics["evaluation"] = {
+        "data": Path(report.data.folder).name,
+        "images": report.data.images,
+        **{
+            name: {"top1": result.top1, "agreement": result.agreement.get("float")}
+            for name, result in report.evaluation.scores.items()
+        },
+    }
+    try:
+        write_atomically(path, jsonlib.dumps(metrics, indent=2) + "\n")
+    except InputError as exc:
+        console.warn(f"{exc.message}; an exported file will not state the accuracy")
 
 
 def _properties(report: Report) -> dict[str, object]:

@@ -15,7 +15,6 @@ import typer
 from metaaug_cli.cli.console import Console, resume_hint
 from metaaug_cli.cli.options import (
     DATA_PANEL,
-    MODEL_PANEL,
     InterpolationOpt,
     JsonOpt,
     MeanOpt,
@@ -41,7 +40,7 @@ EPILOG = """\
 [bold]Examples[/bold]
   metaaug quantize resnet18 --calib ./imgs --wbits 2 --abits 4
   metaaug quantize net.py:make_net --weights net.safetensors --calib ./imgs \\
-      --size 224 --mean .485,.456,.406 --std .229,.224,.225 --wbits 4 --abits 4
+      --size 224 --mean .485,.456,.406 --std .229,.224,.225
   metaaug quantize resnet18 --calib ./imgs --recipe w4a4 --plan
   metaaug quantize resnet18 --calib ./imgs --set reconstruction.quant_prob=0.7
 
@@ -159,7 +158,7 @@ def register(app: typer.Typer) -> None:
     app.command("quantize", epilog=EPILOG)(quantize)
 
 
-def quantize(  # noqa: PLR0913
+def quantize(
     model: ModelArg,
     calib: CalibOpt,
     out: OutOpt = None,
@@ -210,8 +209,10 @@ def quantize(  # noqa: PLR0913
         weights=weights, size=size, resize=resize, mean=mean, std=std, interpolation=interpolation
     )
 
+    from metaaug_cli.memory import keep_freed_memory
     from metaaug_cli.models import load_model
 
+    keep_freed_memory()
     loaded = load_model(model, **{**resolved.preprocessing.load_options(), **options})
     calibration = _load_calibration(console, calib, loaded, resolved)
     _show_inputs(console, loaded, calibration)
@@ -276,10 +277,11 @@ def _show_plan(
     from dataclasses import asdict
 
     from metaaug_cli.cli.console import format_seconds
-    from metaaug_cli.pipeline import pick_device, rebuild_chain, schedule_of
+    from metaaug_cli.pipeline import pick_device
     from metaaug_cli.planning import plan_run
+    from metaaug_cli.prepare import prepare_chain, schedule_of
 
-    chain = rebuild_chain(loaded.module, tuple(calibration.images.shape[1:]), recipe)
+    chain = prepare_chain(loaded.module, tuple(calibration.images.shape[1:]), recipe)
     rows = plan_run(chain, schedule_of(recipe), images=len(calibration.images), device=pick_device(device))
     console.table(
         f"Plan: {recipe.reconstruction.method}, {recipe.quantization.placement} placement, "

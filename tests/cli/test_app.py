@@ -1,12 +1,15 @@
 """The command line's contract: exit codes, streams, help, and no traceback for a user's mistake."""
 
+import contextlib
 import errno
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -17,7 +20,7 @@ import typer
 from metaaug_cli import __version__
 from metaaug_cli.cli import app as app_module
 from metaaug_cli.cli.app import main
-from metaaug_cli.cli.console import resume_hint
+from metaaug_cli.cli.console import Console, resume_hint
 from metaaug_cli.errors import GateError, GraphError, InputError, MetaAugError, RecipeError, UsageError
 
 COMMANDS = ["demo", "calibrate", "quantize", "evaluate", "export", "inspect"]
@@ -31,6 +34,11 @@ def run(*arguments, **environment):
         timeout=120,
         env={**os.environ, "COLUMNS": "80", **environment},
     )
+
+
+@pytest.fixture(autouse=True)
+def _tracebacks_in_the_test_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture
@@ -68,6 +76,7 @@ def raising(exc):
         (MemoryError(), 3),
         (ZeroDivisionError("division by zero"), 3),
         (SystemExit(5), 3),
+        (SystemExit(0), 3),
     ],
 )
 def test_exit_codes(command, capsys, exc, code):
@@ -109,6 +118,29 @@ def test_debug_shows_the_traceback_wherever_it_stands(command, capsys, arguments
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert "metaaug-" not in err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"]])
+def test_a_reader_that_leaves_early_is_no_error(arguments):
+    command = shlex.join([sys.executable, "-m", "metaaug_cli", *arguments])
+    script = f"{command} | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode in (0, 141)  # 0 when everything was written before the reader left
+    assert result.stderr == ""
+
+
+def test_results_for_a_reader_that_has_left(command, monkeypatch, capsys):
+    def go():
+        Console().result("88.44")
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    command(go)
+    with os.fdopen(writing, "w") as stream, contextlib.suppress(BrokenPipeError):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["go"]) == 141
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
 
 
 def test_ctrl_c_is_130(command, capsys):

@@ -54,13 +54,17 @@ def test_no_file_outgrows_a_few_screens(path):
 
 @pytest.mark.parametrize("path", by_name(SOURCES))
 def test_no_function_outgrows_a_screen(path):
-    functions = [
-        node
+    lengths = {
+        node.name: node.end_lineno - _start(node, path) + 1
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-    ]
-    too_long = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
-    assert {name: lines for name, lines in too_long.items() if lines > MAX_FUNCTION_LINES} == {}
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES} == {}
+
+
+def _start(function: ast.FunctionDef | ast.AsyncFunctionDef, path: Path) -> int:
+    """First line that counts: a command's signature is its table of flags, not code."""
+    return function.lineno if path in CORE else function.body[0].lineno
 
 
 @pytest.mark.parametrize("path", by_name(CORE))
@@ -125,7 +129,7 @@ def test_every_public_name_resolves_to_its_definition(name):
 
 
 def test_no_public_name_equals_a_module():
-    assert {path.stem for path in SOURCES}.isdisjoint(metaaug_cli.__all__)
+    assert {path.stem for path in PACKAGE.glob("*.py")}.isdisjoint(metaaug_cli.__all__)
 
 
 def test_unknown_public_names_fail_like_any_attribute():

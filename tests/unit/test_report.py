@@ -13,6 +13,7 @@ from metaaug_cli.errors import InputError
 from metaaug_cli.evaluation import Predictions, score
 from metaaug_cli.files import write_atomically
 from metaaug_cli.gates import accuracy_gates
+from metaaug_cli.parity import Comparison, LayerParity, Parity, Worst
 from metaaug_cli.report import (
     DataSummary,
     Kernels,
@@ -20,9 +21,21 @@ from metaaug_cli.report import (
     describe_onnx,
     report_schema,
     report_to_dict,
+    summarize_parity,
     write_junit,
 )
 
+WORST = Worst((3, 1, 0, 2), ours=4, runtime=5, value=4.49)
+PARITY = Parity(
+    images=20,
+    layers=(
+        LayerParity("stem", 1280, Comparison(), Comparison(1, 1, WORST), Comparison(), exact=True),
+        LayerParity("head", 160, Comparison(), Comparison(), exact=True),
+    ),
+    max_logit_difference=0.01,
+    logit_std=1.5,
+    top1_agreement=1.0,
+)
 PUBLISHED = Path(__file__).parents[2] / "docs" / "reference" / "report.schema.json"
 
 
@@ -43,7 +56,7 @@ def report(tmp_path):
         data=DataSummary("val", 20, 21, True, ("val/a.jpg: truncated",)),
         onnx=describe_onnx(path),
         evaluation=evaluation,
-        parity=None,
+        parity=summarize_parity(PARITY),
         kernels=Kernels({"Conv": 19, "Gemm": 1}, {"Add": 1}, ("Add layer1.add",)),
         gates=tuple(gates),
         passed=False,
@@ -71,6 +84,8 @@ def test_the_published_schema_is_the_current_one():
         (("evaluation", "scores", "float", "top1"), "88 %"),
         (("gates", 0, "passed"), None),
         (("kernels", "integer", "Conv"), 1.5),
+        (("parity", "layers", 0, "forced", "worst", "index"), "3"),
+        (("parity", "passed"), 1),
     ],
 )
 def test_the_schema_refuses_wrong_values(report, path, value):
@@ -138,3 +153,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [item.name for item in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_the_parity_summary_keeps_what_was_found(report):
+    kept = report_to_dict(report)["parity"]
+    assert kept["passed"]
+    assert kept["reference"] is None
+    assert kept["layers"][0]["forced"]["worst"]["index"] == [3, 1, 0, 2]
+    assert [layer["name"] for layer in kept["layers"]] == ["stem", "head"]
+    jsonschema.validate({**report_to_dict(report), "parity": None}, report_schema())

@@ -1,0 +1,107 @@
+"""Accuracy tables of docs/benchmarks.md: ``python benchmarks/accuracy.py SUITE [SUITE ...]``.
+
+Suites: resnet20-short (256 images, 300 iterations, 3 seeds), resnet20-long (1 024 images, 2 000
+iterations), resnet20-w8a8, mobilenet. Every finished run is appended to benchmarks/results/accuracy.jsonl and
+not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from common import Subject, is_recorded, measure, mobilenet, record, resnet20
+
+
+def resnet20_short() -> list[dict[str, Any]]:
+    """The setting of the published code's figures in docs/benchmarks.md."""
+    return [
+        _key(bits, placement, "genie", num=256, iterations=300, seed=seed)
+        for seed in range(3)
+        for placement in ("academic", "integer")
+        for bits in ("w4a4", "w2a4", "w2a2")
+    ]
+
+
+def resnet20_long() -> list[dict[str, Any]]:
+    """All images, more steps."""
+    return [
+        _key(bits, placement, "genie", num=1024, iterations=2000, seed=0)
+        for bits in ("w2a2", "w2a4", "w4a4")
+        for placement in ("academic", "integer")
+    ]
+
+
+def resnet20_w8a8() -> list[dict[str, Any]]:
+    """Searched scales only."""
+    return [
+        _key("w8a8", placement, "nearest", num=256, iterations=1, seed=seed)
+        for placement in ("integer", "academic")
+        for seed in range(3)
+    ]
+
+
+def mobilenet_suite() -> list[dict[str, Any]]:
+    """W8A8 against ONNX Runtime's own tool, W4A4 with and without learning."""
+    keys = [_key("w8a8", "integer", "nearest", num=256, iterations=1, seed=seed) for seed in range(3)]
+    keys += [_key("w4a4", "integer", "nearest", num=256, iterations=1, seed=seed) for seed in range(3)]
+    keys += [_key("w4a4", "integer", "genie", num=256, iterations=300, seed=0)]
+    return keys
+
+
+SUITES = {
+    "resnet20-w8a8": (resnet20, resnet20_w8a8),
+    "resnet20-short": (resnet20, resnet20_short),
+    "resnet20-long": (resnet20, resnet20_long),
+    "mobilenet": (mobilenet, mobilenet_suite),
+}
+
+
+def _key(bits: str, placement: str, method: str, *, num: int, iterations: int, seed: int) -> dict[str, Any]:
+    return {
+        "bits": bits,
+        "placement": placement,
+        "method": method,
+        "num": num,
+        "iterations": iterations,
+        "seed": seed,
+    }
+
+
+def _settings(key: dict[str, Any]) -> list[str]:
+    return [
+        f"quantization.weight_bits={key['bits'][1]}",
+        f"quantization.act_bits={key['bits'][3]}",
+        f"quantization.placement={key['placement']}",
+        f"reconstruction.method={key['method']}",
+        f"reconstruction.iterations={key['iterations']}",
+    ]
+
+
+def run(subject: Subject, keys: list[dict[str, Any]]) -> None:
+    """Measure every key that is not recorded yet."""
+    for key in keys:
+        full = {"model": subject.name, **key}
+        if is_recorded("accuracy", full):
+            continue
+        values = measure(subject, _settings(key), num=key["num"], seed=key["seed"])
+        record("accuracy", full, values)
+        print(full, {k: v for k, v in values.items() if k != "seconds_per_block"}, flush=True)
+
+
+def main() -> None:
+    """Run the named suites."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suites", nargs="+", choices=SUITES)
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    for name in arguments.suites:
+        load, keys = SUITES[name]
+        run(load(), keys())
+
+
+if __name__ == "__main__":
+    main()

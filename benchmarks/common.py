@@ -1,0 +1,156 @@
+"""What the benchmarks share: the data they measure on, one measured run, and an append-only record.
+
+The inputs are ImageNet and CIFAR-10 folders that cannot be shipped; METAAUG_SHARED names the directory
+that holds them (default: ``../shared`` beside the checkout).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaaug_cli.config import Recipe
+from metaaug_cli.data import check_class_count, iter_labelled_batches, load_calibration_set, scan_folder
+from metaaug_cli.evaluation import onnx_predictor, predict, score, torch_predictor
+from metaaug_cli.export import export_onnx
+from metaaug_cli.manifest import Manifest
+from metaaug_cli.memory import keep_freed_memory
+from metaaug_cli.models import LoadedModel, load_model
+from metaaug_cli.ort import count_kernels, open_session
+from metaaug_cli.pipeline import QuantizedModel, quantize
+from metaaug_cli.simulation import IntegerSimulation
+
+keep_freed_memory()
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("METAAUG_SHARED", ROOT.parent / "shared"))
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained network with its calibration and evaluation images."""
+
+    name: str
+    model: LoadedModel
+    calib: Path
+    images: Tensor
+    labels: Tensor
+
+
+def resnet20() -> Subject:
+    """ResNet-20 on CIFAR-10: 5 000 test images."""
+    model = load_model(
+        f"{SHARED}/models/cifar_resnet.py:resnet20",
+        weights=SHARED / "models/cifar_resnet20.safetensors",
+        size=32,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    )
+    data = SHARED / "data/cifar10"
+    return _subject("resnet20", model, data / "calib", data / "test", data / "classes.txt")
+
+
+def mobilenet() -> Subject:
+    """MobileNet-V1 0.75 on ImageNet: 650 validation images."""
+    model = load_model(
+        f"{SHARED}/models/mobilenet_v1.py:mobilenet_v1_075",
+        weights=SHARED / "models/mobilenet_v1_075.safetensors",
+        size=224,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
+    data = SHARED / "data/imagenet"
+    return _subject("mobilenet_v1_075", model, data / "calib", data / "val", data / "classes.txt")
+
+
+def _subject(name: str, model: LoadedModel, calib: Path, test: Path, classes: Path) -> Subject:
+    folder = scan_folder(test, classes_file=classes)
+    check_class_count(folder, len(classes.read_text(encoding="utf-8").split()))
+    images, labels = zip(*iter_labelled_batches(folder, model.preprocessing), strict=True)
+    return Subject(name, model, calib, torch.cat(images), torch.cat([y for y in labels if y is not None]))
+
+
+def quantized(subject: Subject, settings: Iterable[str], *, num: int, seed: int) -> QuantizedModel:
+    """Quantize with recipe settings written ``section.key=value``."""
+    recipe = Recipe().override([f"seed={seed}", f"calibration.num={num}", *settings])
+    calibration = load_calibration_set(
+        subject.calib, preprocessing=subject.model.preprocessing, num=num, seed=seed
+    )
+    return quantize(subject.model, calibration, recipe=recipe)
+
+
+def measure(subject: Subject, settings: list[str], *, num: int, seed: int) -> dict[str, Any]:
+    """Quantize, export, and evaluate float, simulation and ONNX Runtime on the same images."""
+    started = time.monotonic()
+    result = quantized(subject, settings, num=num, seed=seed)
+    seconds = time.monotonic() - started
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        manifest = Manifest(model=subject.name, placement=result.chain.placement.kind, method="benchmark")  # type: ignore[arg-type]
+        export_onnx(result.deployed, input_size=result.input_size, path=path, manifest=manifest)
+        predictors = {
+            "float": torch_predictor(result.float_module),
+            "simulated": torch_predictor(IntegerSimulation(result.deployed)),
+            "onnxruntime": onnx_predictor(open_session(path)),
+        }
+        batches = zip(subject.images.split(50), subject.labels.split(50), strict=True)
+        evaluation = score(predict(predictors, batches))
+        kernels = count_kernels(path)
+        integer, total = kernels.of("Conv", "Gemm", "Add")
+        size = path.stat().st_size
+    scores = evaluation.scores
+    runtime = scores["onnxruntime"]
+    return {
+        "float": round(100 * scores["float"].top1, 2),
+        "simulated": round(100 * scores["simulated"].top1, 2),
+        "onnxruntime": round(100 * runtime.top1, 2),
+        "agreement_float": round(100 * runtime.agreement["float"], 2),
+        "agreement_simulated": round(100 * runtime.agreement["simulated"], 2),
+        "integer_nodes": integer,
+        "nodes": total,
+        "file_bytes": size,
+        "images": len(subject.labels),
+        "seconds": round(seconds, 1),
+        "peak_memory_mib": result.metrics["peak_memory_mib"],
+        "seconds_per_block": {name: b["seconds"] for name, b in result.metrics["blocks"].items()},
+    }
+
+
+def recorded(name: str) -> list[dict[str, Any]]:
+    """All records of one benchmark so far."""
+    path = RESULTS / f"{name}.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def record(name: str, key: dict[str, Any], values: dict[str, Any]) -> None:
+    """Append one record with the machine it was measured on."""
+    RESULTS.mkdir(exist_ok=True)
+    line = {**key, **values, "machine": machine()}
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+
+
+def is_recorded(name: str, key: dict[str, Any]) -> bool:
+    """Whether a record with exactly this key is there, so that a benchmark can be continued."""
+    return any(all(r.get(k) == v for k, v in key.items()) for r in recorded(name))
+
+
+def machine() -> str:
+    """Processor, threads and torch version, in a few words."""
+    from metaaug_cli.artifacts import environment
+
+    found = environment()
+    return f"{found['processor']}, {found['threads']} threads, torch {torch.__version__}, {platform.system()}"

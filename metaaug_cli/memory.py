@@ -1,0 +1,27 @@
+"""The C allocator's settings for long CPU runs."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_KEPT = 1 << 30
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc reuse freed tensors of up to 1 GiB instead of returning them to the system at once.
+
+    Without it every activation above 32 MiB is mapped and zeroed anew, which takes most of the time of large
+    blocks (see docs/benchmarks.md). Sets the whole process, so only commands call it, never the library.
+
+    Returns:
+        Whether the allocator took the settings; False where it is not glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

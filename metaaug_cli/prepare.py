@@ -1,0 +1,72 @@
+"""From a recipe to plain arguments: the network prepared for learning, and each block's schedule."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from metaaug_cli.blocks import Chain, build_chain
+from metaaug_cli.capture import capture
+from metaaug_cli.config import Recipe
+from metaaug_cli.placement import Bits, place
+from metaaug_cli.reconstruct import Schedule, rate_factor
+
+# What each method learns; every other difference between them is a recipe field.
+_LEARNS_WEIGHT_SCALE = {"genie"}
+_LEARNS_ACT_SCALE = {"brecq", "qdrop", "genie"}
+_DROPS = {"qdrop", "genie"}
+
+
+def prepare_chain(program: nn.Module | ExportedProgram, input_size: tuple[int, ...], recipe: Recipe) -> Chain:
+    """Capture, place and cut: everything before learning, the same each time for the same inputs."""
+    module = capture(program, input_size)  # type: ignore[arg-type]
+    settings = recipe.quantization
+    placement = place(
+        module.graph,
+        kind=settings.placement,
+        bits=bits_of(recipe),
+        weight_symmetric=settings.weight_symmetric,
+        act_symmetric=settings.act_symmetric,
+        quantize_output=settings.quantize_output,
+    )
+    return build_chain(
+        module,
+        placement,
+        granularity="layer" if recipe.reconstruction.method == "adaround" else "block",
+        max_layers=recipe.reconstruction.max_block_layers,
+        scale_norm=recipe.reconstruction.scale_norm,
+    )
+
+
+def bits_of(recipe: Recipe) -> Bits:
+    """The recipe's bit-widths with ``same`` resolved."""
+    q = recipe.quantization
+    return Bits(
+        weight=q.weight_bits,
+        act=q.act_bits,
+        first_last_weight=q.weight_bits if q.first_last_bits == "same" else q.first_last_bits,
+        first_last_act=q.act_bits if q.first_last_bits == "same" else q.first_last_bits,
+        other_act=q.act_bits if q.other_act_bits == "same" else q.other_act_bits,
+        stem_output=q.stem_output_bits,
+    )
+
+
+def schedule_of(recipe: Recipe) -> Schedule:
+    """The recipe's reconstruction settings as one block's schedule."""
+    r = recipe.reconstruction
+    iterations = 0 if r.method == "nearest" else r.iterations
+    return Schedule(
+        iterations=iterations,
+        batch_size=r.batch_size,
+        quant_prob=r.quant_prob if r.method in _DROPS else 1.0,
+        rounding_lr=r.rounding_lr,
+        weight_scale_lr=r.weight_scale_lr,
+        act_scale_lr=r.act_scale_lr,
+        rate_factor=rate_factor(iterations) if r.lr_scale == "auto" else r.lr_scale,
+        rounding_weight=r.rounding_weight,
+        rounding_warmup=r.rounding_warmup,
+        beta_start=r.beta_start,
+        beta_end=r.beta_end,
+        learn_weight_scale=r.method in _LEARNS_WEIGHT_SCALE,
+        learn_act_scale=r.method in _LEARNS_ACT_SCALE,
+    )

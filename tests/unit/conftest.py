@@ -1,0 +1,44 @@
+"""Exported networks that several tests read."""
+
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from metaaug_cli.export import export_onnx
+from metaaug_cli.manifest import Manifest
+
+
+@pytest.fixture(scope="session")
+def networks() -> ModuleType:
+    """Small deployed networks, ``deployed_networks.py``."""
+    name = "deployed_networks"
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def manifest() -> Manifest:
+    return Manifest(model="small", placement="integer", method="nearest", weight_bits={"conv1": 4})
+
+
+@pytest.fixture(scope="session")
+def exported(networks, manifest, tmp_path_factory):
+    """``exported("W4A4")`` or ``exported(NetworkClass)``: graph and path of its int8 file, made once."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    @cache
+    def export(which):
+        bits = networks.BITS.get(which) if isinstance(which, str) else None
+        graph = networks.as_graph(networks.Residual(*bits) if bits else which())
+        path = folder / f"{which if bits else which.__name__}.onnx"
+        export_onnx(graph, input_size=networks.SIZE, path=path, manifest=manifest)
+        return graph, path
+
+    return export
