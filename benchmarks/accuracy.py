@@ -1,7 +1,7 @@
 """Accuracy tables of docs/benchmarks.md: ``python benchmarks/accuracy.py SUITE [SUITE ...]``.
 
 Suites: resnet20-short (256 images, 300 iterations, 3 seeds), resnet20-long (1 024 images, 2 000
-iterations), resnet20-w8a8, mobilenet. Every finished run is appended to benchmarks/results/accuracy.jsonl and
+iterations), resnet20-few (32 images and augmented copies), resnet20-w8a8, mobilenet. Every finished run is appended to benchmarks/results/accuracy.jsonl and
 not repeated.
 """
 
@@ -33,6 +33,15 @@ def resnet20_long() -> list[dict[str, Any]]:
     ]
 
 
+def resnet20_few() -> list[dict[str, Any]]:
+    """32 images, with and without a pool of augmented copies."""
+    return [
+        {**_key("w2a2", "academic", "genie", num=32, iterations=300, seed=seed), "augment": augment}
+        for seed in range(3)
+        for augment in ("none", "flip+crop+geometric+mixup")
+    ]
+
+
 def resnet20_w8a8() -> list[dict[str, Any]]:
     """Searched scales only."""
     return [
@@ -54,6 +63,7 @@ SUITES = {
     "resnet20-w8a8": (resnet20, resnet20_w8a8),
     "resnet20-short": (resnet20, resnet20_short),
     "resnet20-long": (resnet20, resnet20_long),
+    "resnet20-few": (resnet20, resnet20_few),
     "mobilenet": (mobilenet, mobilenet_suite),
 }
 
@@ -76,6 +86,7 @@ def _settings(key: dict[str, Any]) -> list[str]:
         f"quantization.placement={key['placement']}",
         f"reconstruction.method={key['method']}",
         f"reconstruction.iterations={key['iterations']}",
+        f"augmentation.kind={key.get('augment', 'none')}",
     ]
 
 
@@ -94,13 +105,14 @@ def main() -> None:
     """Run the named suites."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suites", nargs="+", choices=SUITES)
+    parser.add_argument("--reverse", action="store_true", help="last key first, to share a suite")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     for name in arguments.suites:
         load, keys = SUITES[name]
-        run(load(), keys())
+        run(load(), keys()[::-1] if arguments.reverse else keys())
 
 
 if __name__ == "__main__":

@@ -142,9 +142,24 @@ class BlockData:
     float_block: Step
     targets: Values | None
     computed: Sequence[int]
+    originals: int | None = None
 
     def __len__(self) -> int:
-        return len(self.float_stream)
+        """How many calibration images there are; augmented copies come after them."""
+        return len(self.float_stream) if self.originals is None else self.originals
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Indices of one batch: all originals, or half originals and half copies where there are copies."""
+        copies = len(self.float_stream) - len(self)
+        if copies == 0:
+            return torch.randint(len(self), (count,), generator=generator)
+        from_copies = count // 2
+        return torch.cat(
+            [
+                torch.randint(len(self), (count - from_copies,), generator=generator),
+                torch.randint(copies, (from_copies,), generator=generator) + len(self),
+            ]
+        )
 
     @torch.no_grad()
     def batch(self, indices: Tensor) -> tuple[Values, Values, Values]:

@@ -21,6 +21,8 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=1)]
 
+_OPERATION = "(flip|crop|geometric|photometric|mixup)"
+_AUGMENTATION_PATTERN = rf"^(none|{_OPERATION}(\+{_OPERATION})*)$"
 _RECIPE_SUFFIXES = {".yaml", ".yml"}
 _KEYS_HINT = "keys are written section.key, as in docs/reference/recipe.md"
 
@@ -178,6 +180,33 @@ class Reconstruction(_Section):
         return self
 
 
+class Augmentation(_Section):
+    """Changed copies of the calibration images to learn on besides the images themselves."""
+
+    kind: str = Field(
+        default="none",
+        pattern=_AUGMENTATION_PATTERN,
+        description="`none`, or operations joined by `+`: flip, crop, geometric, photometric, mixup.",
+    )
+    copies: int | Literal["auto"] = Field(
+        default="auto",
+        description="Copies of each image; `auto` is 8, fewer where that makes more than 2048.",
+    )
+
+    @field_validator("copies")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("copies must be at least 1, or auto")
+        return value
+
+    def copies_for(self, images: int) -> int:
+        """Copies of each of ``images`` images; 0 for the kind ``none``."""
+        if self.kind == "none":
+            return 0
+        return self.copies if isinstance(self.copies, int) else max(1, min(8, 2048 // max(images, 1)))
+
+
 class Recipe(_Section):
     """All settings of one run. Equal recipes and equal inputs give equal artefacts on CPU."""
 
@@ -188,9 +217,12 @@ class Recipe(_Section):
     calibration: Calibration = Calibration()
     preprocessing: PreprocessingOverrides = PreprocessingOverrides()
     quantization: Quantization = Quantization()
+    augmentation: Augmentation = Augmentation()
     reconstruction: Reconstruction = Reconstruction()
 
-    @field_validator("calibration", "preprocessing", "quantization", "reconstruction", mode="before")
+    @field_validator(
+        "calibration", "preprocessing", "quantization", "augmentation", "reconstruction", mode="before"
+    )
     @classmethod
     def _empty_section(cls, value: object) -> object:
         """A section whose keys are all commented out is ``null`` in YAML."""

@@ -241,8 +241,9 @@ def _batch_free_views(module: fx.GraphModule) -> None:
         if node.target in _VIEWS:
             sizes = list(node.args[1])
             symbolic = [i for i, size in enumerate(sizes) if isinstance(size, fx.Node)]
-            if len(symbolic) == 1 and -1 not in sizes:
-                sizes[symbolic[0]] = -1
+            known = [s if isinstance(s, int) else -1 for s in node.meta["val"].shape]
+            if len(symbolic) == 1 and known.count(-1) == 1:
+                sizes = known
             node.args = (node.args[0], sizes)
             node.target = aten.reshape.default
 

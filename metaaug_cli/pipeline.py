@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from metaaug_cli.artifacts import Fingerprint, RunDirectory, RunInfo, hash_graph
+from metaaug_cli.augment import augmented_copies
 from metaaug_cli.blocks import Block, Chain, search_activation_scales
 from metaaug_cli.cache import BlockData, Budget, Stream, default_budget, place_for, stage_bytes
 from metaaug_cli.capture import export_program
@@ -110,7 +111,8 @@ def quantize(
 
     progress.planned(len(chain.blocks), schedule_of(recipe).iterations)
     started = time.monotonic()
-    walker = _Walker(calibration.images, target, default_budget(target, cache_gb))
+    images = _with_copies(calibration, recipe)
+    walker = _Walker(images, len(calibration.images), target, default_budget(target, cache_gb))
     with _out_of_memory_hint():
         histories = [
             _walk_block(block, walker, recipe, progress, directory, resumed=block.index < done)
@@ -121,6 +123,18 @@ def quantize(
     if directory is not None:
         directory.finish(info, metrics)
     return QuantizedModel(chain.module, deployed, chain, histories, input_size, metrics)
+
+
+def _with_copies(calibration: CalibrationSet, recipe: Recipe) -> Tensor:
+    """The calibration images, followed by the recipe's augmented copies of them."""
+    copies = recipe.augmentation.copies_for(len(calibration.images))
+    if copies == 0 or recipe.reconstruction.method == "nearest":
+        return calibration.images
+    generator = torch.Generator().manual_seed(recipe.seed)
+    made = augmented_copies(
+        calibration.images, calibration.preprocessing, recipe.augmentation.kind, copies, generator
+    )
+    return torch.cat([calibration.images, made])
 
 
 def _walk_block(
@@ -164,8 +178,8 @@ def _learn_block(block: Block, walker: _Walker, recipe: Recipe, progress: Progre
 class _Walker:
     """Carries the two activation streams from block to block, within the memory budget."""
 
-    def __init__(self, images: Tensor, device: torch.device, budget: Budget) -> None:
-        self.images = len(images)
+    def __init__(self, images: Tensor, originals: int, device: torch.device, budget: Budget) -> None:
+        self.images, self.originals = len(images), originals
         self.budget = budget
         self.float_stream = Stream((images,), device)
         self.quantized_stream = Stream((images,), device)
@@ -187,7 +201,12 @@ class _Walker:
             after.pending = [block.float_block]
             self.targets = after.compute(self.place)
         return BlockData(
-            self.float_stream, self.quantized_stream, block.float_block, self.targets, block.computed
+            self.float_stream,
+            self.quantized_stream,
+            block.float_block,
+            self.targets,
+            block.computed,
+            self.originals,
         )
 
     def leave(self, block: Block) -> None:

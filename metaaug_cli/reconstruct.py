@@ -178,7 +178,7 @@ class _Learner:
 
     def _step(self, step: int) -> Tensor:
         schedule = self.schedule
-        indices = torch.randint(len(self.data), (schedule.batch_size,), generator=self.generator)
+        indices = self.data.draw(schedule.batch_size, self.generator)
         h_fp, h_q, targets = self.data.batch(indices)
         outputs = self.block.quantized_block(*mix(h_q, h_fp, schedule.quant_prob, self.drops))
         reconstruction = reconstruction_loss([outputs[i] for i in self.block.computed], targets)

@@ -195,3 +195,14 @@ def placed(module: torch.fx.GraphModule, kind: str = "integer", *, bits: Bits | 
 def targets(module: torch.fx.GraphModule) -> list[str]:
     """Names of the operators a graph calls, in order, without overload."""
     return [str(n.target).split(".")[1] for n in module.graph.nodes if n.op == "call_function"]
+
+
+def labels(graph: torch.fx.Graph) -> dict[torch.fx.Node, str]:
+    """Operator name and occurrence of each node ("relu", "relu_1"): fx's own names differ between torch versions."""
+    found: dict[torch.fx.Node, str] = {}
+    counts: dict[str, int] = {}
+    for node in graph.nodes:
+        name = str(node.target).split(".")[1] if node.op == "call_function" else node.op
+        found[node] = f"{name}_{counts[name]}" if name in counts else name
+        counts[name] = counts.get(name, 0) + 1
+    return found

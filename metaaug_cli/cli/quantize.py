@@ -116,6 +116,16 @@ PlacementOpt = Annotated[
         rich_help_panel=METHOD_PANEL,
     ),
 ]
+AugmentOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--augment",
+        metavar="KIND",
+        help="Learn on changed copies too: none, or flip, crop, geometric, photometric, mixup joined by +. "
+        "Helps most with few images.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
 IterationsOpt = Annotated[
     int | None,
     typer.Option("--iterations", metavar="N", help="Steps per block.", rich_help_panel=METHOD_PANEL),
@@ -174,6 +184,7 @@ def quantize(
     abits: ABitsOpt = None,
     method: MethodOpt = None,
     placement: PlacementOpt = None,
+    augment: AugmentOpt = None,
     iterations: IterationsOpt = None,
     batch: BatchOpt = None,
     seed: SeedOpt = None,
@@ -197,6 +208,7 @@ def quantize(
         "quantization.weight_bits": wbits,
         "quantization.act_bits": abits,
         "quantization.placement": placement,
+        "augmentation.kind": augment,
         "reconstruction.method": method,
         "reconstruction.iterations": iterations,
         "reconstruction.batch_size": batch,

@@ -84,7 +84,7 @@ class Residual(nn.Module):
         self.branch = Act(0.0289, signed=True)
         self.act3 = Act(1.17 * step, act_bits)
         self.depthwise = Conv(8, 8, 3, weight_bits, self.act3, seed=3, groups=8, stride=2)
-        self.act4 = Act(0.93 * step, act_bits, quant_max=min(12, 2**act_bits - 1))
+        self.act4 = Act(0.93 * step, act_bits, quant_max={8: 200, 4: 12, 2: 3}[act_bits])
         self.pointwise = Conv(8, 12, 1, weight_bits, self.act4, seed=4, bias=False)
         self.act5 = Act(0.0131)
         self.pooled = Act(0.0117)

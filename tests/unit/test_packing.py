@@ -94,7 +94,7 @@ def test_default_optimisation_still_refuses_native_types(packed, bits):
 
 def test_saturating_layers_follow_from_the_codes(packed):
     assert set(saturating_layers(packed("W8A8", "int8")[0])) == {
-        "stem", "conv1", "conv2", "depthwise", "head",
+        "stem", "conv1", "conv2", "depthwise", "pointwise", "head",
     }  # fmt: skip
     assert set(saturating_layers(packed("W4A4", "int8")[0])) == {"stem", "head"}
 

@@ -1,0 +1,140 @@
+"""``metaaug export`` and ``metaaug inspect`` on a small run."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from metaaug_cli.cli.app import main
+
+NETWORK = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.body(x))
+        return self.head(x.mean((2, 3)))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("export")
+    (root / "net.py").write_text(NETWORK)
+    namespace = {}
+    exec(NETWORK, namespace)
+    save_file(namespace["net"]().state_dict(), root / "net.safetensors")
+    (root / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(8):
+        pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{index}.png")
+    torch.manual_seed(0)
+    arguments = ["quantize", f"{root / 'net.py'}:net", "--weights", str(root / "net.safetensors")]
+    arguments += ["--calib", str(root / "images"), "--size", "12", "--mean", ".5,.5,.5", "--std", ".5,.5,.5"]
+    arguments += ["--wbits", "4", "--abits", "4", "--set", "quantization.first_last_bits=4"]
+    assert main([*arguments, "--method", "nearest", "--out", str(root / "run"), "--quiet"]) == 0
+    return root / "run"
+
+
+def exported(run, capsys, *flags):
+    path = run.parent / "model.onnx"
+    code = main(["export", str(run), "-o", str(path), *flags, "--json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return path, json.loads(captured.out), captured.err
+
+
+def test_export_says_what_runs_as_integers(run, capsys):
+    path, data, shown = exported(run, capsys)
+    assert data["kernels"]["integer"]["Conv"] == 2
+    assert data["kernels"]["float_nodes"] == []
+    assert data["bytes"] == path.stat().st_size
+    assert (data["pack"], data["least_onnxruntime"], data["session_options"]) == ("int8", "1.20", {})
+    assert "Conv 2 of 2, Gemm 1 of 1, Add 1 of 1" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.run(None, {"input": np.zeros((3, 3, 12, 12), np.float32)})[0].shape == (3, 5)
+
+
+def test_every_pack_is_smaller_and_said(run, capsys):
+    _, plain, _ = exported(run, capsys)
+    _, packed, shown = exported(run, capsys, "--pack", "packed")
+    assert packed["bytes"] < plain["bytes"]
+    assert packed["kernels"] == plain["kernels"]
+    assert "ONNX Runtime 1.23 or later" in shown
+    _, native, shown = exported(run, capsys, "--pack", "native")
+    assert native["bytes"] < plain["bytes"]
+    assert native["session_options"] == {"session.disable_quant_qdq": "1"}
+    assert "warning" in shown
+    assert "session.disable_quant_qdq=1" in shown
+
+
+def test_reduce_range_leaves_no_layer_that_saturates(run, capsys):
+    _, data, shown = exported(run, capsys, "--reduce-range")
+    assert data["saturating_layers"] == []
+    assert "x64quantprecision" not in shown
+
+
+def test_inspect_reads_the_export_back(run, capsys):
+    path, _, _ = exported(run, capsys)
+    assert main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    for text in ("nearest, integer placement", "stem", "body", "head", "12x12", "recipe hash"):
+        assert text in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert main(["inspect", str(path), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert {layer["name"]: layer["bits"] for layer in data["layers"]} == {"stem": 4, "body": 4, "head": 4}
+    assert data["manifest"]["preprocessing"]["size"] == [12, 12]
+
+
+def test_inspect_works_without_a_manifest(run, capsys):
+    path, _, _ = exported(run, capsys)
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    bare = path.with_name("bare.onnx")
+    onnx.save(model, bare)
+    assert main(["inspect", str(bare)]) == 0
+    captured = capsys.readouterr()
+    assert "body" in captured.out
+    assert "no metaaug manifest" in captured.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "missing-run", "-o", "m.onnx"],
+        ["export", "RUN", "-o", "."],
+        ["export", "RUN", "-o", "missing/m.onnx"],
+        ["export", "RUN"],
+        ["export", "RUN", "-o", "m.onnx", "--pack", "zip"],
+        ["inspect", "missing.onnx"],
+        ["inspect", "RUN"],
+    ],
+)
+def test_mistakes_are_exit_code_2(run, capsys, monkeypatch, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(run) if item == "RUN" else item for item in arguments]) == 2
+    error = capsys.readouterr().err
+    assert "error" in error.lower()
+    assert "Traceback" not in error
