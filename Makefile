@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Keyed on the content of pyproject.toml, not its date, so a fresh checkout accepts an installed .venv.
 STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | tr -d " ")
 
-.PHONY: help install demo test lint format docs clean
+.PHONY: help install demo test matrix lint format docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,6 +34,9 @@ demo: $(STAMP) ## quantize, export and evaluate the shipped digits network
 
 test: lint ## lint, types and all tests
 	$(BIN)/python -m pytest
+
+matrix: $(STAMP) ## export every form and run it on twelve ONNX Runtime releases
+	$(BIN)/python benchmarks/runtime_matrix.py
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

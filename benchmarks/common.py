@@ -30,8 +30,6 @@ from metaaug_cli.ort import count_kernels, open_session
 from metaaug_cli.pipeline import QuantizedModel, quantize
 from metaaug_cli.simulation import IntegerSimulation
 
-keep_freed_memory()
-
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("METAAUG_SHARED", ROOT.parent / "shared"))
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -83,6 +81,7 @@ def _subject(name: str, model: LoadedModel, calib: Path, test: Path, classes: Pa
 
 def quantized(subject: Subject, settings: Iterable[str], *, num: int, seed: int) -> QuantizedModel:
     """Quantize with recipe settings written ``section.key=value``."""
+    keep_freed_memory()
     recipe = Recipe().override([f"seed={seed}", f"calibration.num={num}", *settings])
     calibration = load_calibration_set(
         subject.calib, preprocessing=subject.model.preprocessing, num=num, seed=seed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import platform
+import logging
 import re
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -26,9 +26,12 @@ from torch.export import ExportedProgram
 
 from metaaug_cli.blocks import Block, Chain
 from metaaug_cli.config import Recipe, load_recipe
+from metaaug_cli.environment import environment
 from metaaug_cli.errors import InputError, RecipeError, UsageError
 from metaaug_cli.files import write_atomically
-from metaaug_cli.manifest import Manifest, package_versions
+from metaaug_cli.graph_tools import attribute
+from metaaug_cli.manifest import Manifest
+from metaaug_cli.ops import Role, role
 from metaaug_cli.preprocessing import Preprocessing
 from metaaug_cli.pt2_archive import load_program
 from metaaug_cli.reconstruct import BlockHistory
@@ -42,6 +45,17 @@ RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE = (
     "log.txt",
     "model.onnx",
 )
+_OWN_NAMES = {RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE, "blocks"}
+_RUN_KEYS = {
+    "status",
+    "model",
+    "preprocessing",
+    "num_outputs",
+    "fingerprint",
+    "blocks",
+}
+_REPAIR = "repair the run with the same `metaaug quantize` command and --resume"
+_logger = logging.getLogger(__name__)
 _MEANING = {
     "recipe": "the recipe",
     "weights": "the model's weights",
@@ -76,29 +90,12 @@ class RunInfo:
 
 
 def hash_graph(module: fx.GraphModule) -> str:
-    """Hash of a network's operators and their arguments, weights aside."""
-    return hashlib.sha256(str(module.code).encode()).hexdigest()
-
-
-def environment() -> dict[str, str]:
-    """Versions and machine, for the record."""
-    found = {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": str(torch.get_num_threads()),
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found | package_versions()
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match.group(1) if match else platform.processor()
+    """Hash of a network's operators and constants; the weights of its layers have a hash of their own."""
+    digest = hashlib.sha256(str(module.code).encode())
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and any(role(user) is not Role.WEIGHTED for user in node.users):
+            digest.update(attribute(module, node).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class RunDirectory:
@@ -111,22 +108,39 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def require_free(self, *, resume: bool) -> None:
+        """Fail early where a run could not be written, or would land among files that are not its own.
+
+        Raises:
+            UsageError: The directory holds a run and ``resume`` is off, or it holds something else.
+        """
+        other = "choose another --out"
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"--out {self.path} is a file", hint=other)
+        if (self.path / RUN_FILE).exists():
+            if not resume:
+                raise UsageError(
+                    f"{self.path} already holds a run", hint=f"continue it with --resume, or {other}"
+                )
+            return
+        found = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+        foreign = sorted(name for name in found if name not in _OWN_NAMES and not name.startswith("."))
+        if foreign:
+            raise UsageError(f"--out {self.path} holds other files: {', '.join(foreign[:3])}", hint=other)
+
     def start(self, info: RunInfo, recipe: Recipe, program: ExportedProgram | None, *, resume: bool) -> int:
         """Begin or resume; returns how many blocks are already done.
 
         Raises:
-            UsageError: The directory holds a run and ``resume`` is off.
+            UsageError: The directory holds a run and ``resume`` is off, or it holds something else.
             RecipeError: What is resumed is not the same run.
             InputError: The directory cannot be written.
         """
+        self.require_free(resume=resume)
+        done = 0
         if (self.path / RUN_FILE).exists():
-            if not resume:
-                raise UsageError(
-                    f"{self.path} already holds a run",
-                    hint="continue it with --resume, or choose another --out",
-                )
             self._require_same(info.fingerprint)
-            return self._done(info.blocks)
+            done = self._done(info.blocks)
         try:
             (self.path / "blocks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -137,7 +151,7 @@ class RunDirectory:
         if program is not None:
             write_atomically(self.path / FLOAT_FILE, program_bytes(program))
         self._write_info(info, "running")
-        return 0
+        return done
 
     def _require_same(self, now: Fingerprint) -> None:
         before = read_info(self.path)["fingerprint"]
@@ -151,6 +165,12 @@ class RunDirectory:
     def _done(self, names: list[str]) -> int:
         for index, name in enumerate(names):
             if not (self.block_path(index, name, ".json").exists() and self.block_path(index, name).exists()):
+                return index
+            try:
+                _read_state(self.block_path(index, name))
+                _read_history(self.block_path(index, name, ".json"))
+            except InputError as error:
+                _logger.warning("%s; learning goes on from this block", error.message)
                 return index
         return len(names)
 
@@ -166,12 +186,12 @@ class RunDirectory:
     def load_block(self, block: Block) -> BlockHistory:
         """Load one finished block into its quantizers and return its history."""
         block.load(_read_state(self.block_path(block.index, block.name)))
-        text = self.block_path(block.index, block.name, ".json").read_text(encoding="utf-8")
-        return BlockHistory(**json.loads(text))
+        return _read_history(self.block_path(block.index, block.name, ".json"))
 
     def finish(self, info: RunInfo, metrics: dict[str, Any]) -> None:
         """Write the metrics and mark the run as complete."""
         write_atomically(self.path / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+        (self.path / ONNX_FILE).unlink(missing_ok=True)  # of an earlier state; made again when asked for
         self._write_info(info, "complete")
 
     def _write_info(self, info: RunInfo, status: str) -> None:
@@ -185,9 +205,25 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"cannot read {path}: {error}", hint="delete the file and run again with --resume"
-        ) from None
+        raise InputError(f"cannot read {path}: {error}", hint=_REPAIR) from None
+
+
+def _read_history(path: Path) -> BlockHistory:
+    try:
+        return BlockHistory(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"cannot read {path}: {error}", hint=_REPAIR) from None
+
+
+def read_metrics(run_dir: Path) -> dict[str, Any]:
+    """The content of ``metrics.json``; empty, with a warning, where it cannot be read."""
+    path = run_dir / METRICS_FILE
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        _logger.warning("cannot read %s: %s", path, error)
+        return {}
+    return metrics if isinstance(metrics, dict) else {}
 
 
 def program_bytes(program: ExportedProgram) -> bytes:
@@ -205,14 +241,21 @@ def read_info(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / RUN_FILE
     try:
-        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         raise InputError(
             f"{run_dir} is not a run directory (no readable {RUN_FILE})",
             hint="give the --out directory of `metaaug quantize`",
         ) from None
-    if info.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(f"{path} has schema version {info.get('schema_version')}, this is {SCHEMA_VERSION}")
+    if not isinstance(info, dict) or "schema_version" not in info:
+        raise InputError(f"{path} is not a run's", hint="start afresh with another --out")
+    if info["schema_version"] != SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema version {info['schema_version']}, this metaaug reads {SCHEMA_VERSION}",
+            hint="use the release of metaaug that wrote the run",
+        )
+    if missing := sorted(_RUN_KEYS - info.keys()):
+        raise InputError(f"{path} lacks {', '.join(missing)}", hint="start afresh with another --out")
     return info
 
 
@@ -246,11 +289,17 @@ class Run:
         """The network as blocks, quantizers loaded."""
         from metaaug_cli.prepare import prepare_chain
 
-        chain = prepare_chain(load_program(self.path / FLOAT_FILE), self.input_size, self.recipe)
+        chain = prepare_chain(self._program(), self.input_size, self.recipe)
         directory = RunDirectory(self.path)
         for block in chain.blocks:
             directory.load_block(block)
         return chain
+
+    def _program(self) -> ExportedProgram:
+        try:
+            return load_program(self.path / FLOAT_FILE)
+        except InputError as error:
+            raise InputError(error.message, hint=_REPAIR) from None
 
     @property
     def float_module(self) -> fx.GraphModule:
@@ -280,7 +329,6 @@ class Run:
         """What the exported file says about itself."""
         placement = self.chain.placement
         fingerprint = self.info["fingerprint"]
-        metrics = self.path / METRICS_FILE
         return Manifest(
             model=self.info["model"],
             placement=self.recipe.quantization.placement,
@@ -292,7 +340,7 @@ class Run:
             weights_sha256=fingerprint["weights"],
             calibration_sha256=fingerprint["calibration"],
             preprocessing=self.info["preprocessing"],
-            metrics=json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {},
+            metrics=read_metrics(self.path),
         )
 
 
@@ -311,8 +359,19 @@ def load_run(run_dir: Path | str) -> Run:
             hint="continue it with the same `metaaug quantize` command and --resume",
         )
     if not (path / FLOAT_FILE).exists():
-        raise InputError(f"{path / FLOAT_FILE} is missing", hint="run `metaaug quantize` again")
-    return Run(path, info, load_recipe(path / RECIPE_FILE))
+        raise InputError(f"{path / FLOAT_FILE} is missing", hint=_REPAIR)
+    return Run(path, info, _read_recipe(path / RECIPE_FILE, info["fingerprint"]["recipe"]))
+
+
+def _read_recipe(path: Path, sha256: str) -> Recipe:
+    """The run's recipe; one that was edited since would describe another network than the blocks hold."""
+    try:
+        recipe = load_recipe(path)
+    except RecipeError as error:
+        raise InputError(error.message, hint=_REPAIR) from None
+    if recipe.sha256() != sha256:
+        raise InputError(f"{path} is not the recipe this run was made with", hint=_REPAIR)
+    return recipe
 
 
 def log_path(run_dir: Path) -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -46,7 +46,7 @@ class Block:
         for kind, quantizers in (("weights", self.weights), ("activations", self.activations)):
             for name, quantizer in quantizers.items():
                 prefix = f"{kind}/{name}/"
-                quantizer.load({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})  # type: ignore[operator]
+                quantizer.load({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
 
 @dataclass
@@ -174,7 +174,7 @@ class _Builder:
         if node in self.values:
             return self.values[node]
         if node.op == "get_attr":
-            name = "constants." + re.sub(r"\W", "_", str(node.target))
+            name = f"constants.{node.target}"
             register_buffer(self.root, name, attribute(self.chain.module, node))
             return self.graph.get_attr(name)
         if node.target is aten.sym_size.int:
@@ -207,7 +207,7 @@ def _biased_on_grid(
 class _ScaleSearch(fx.Interpreter):
     """Runs a quantized block once and sets each activation scale from the values that reach it."""
 
-    def call_module(self, target, args, kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.module.get_submodule(target)
         if isinstance(module, ActivationQuantizer):
             module.search(args[0])

@@ -163,7 +163,7 @@ class BlockData:
 
     @torch.no_grad()
     def batch(self, indices: Tensor) -> tuple[Values, Values, Values]:
-        """(full-precision inputs, quantized inputs, targets) of some images; targets are block-computed outputs."""
+        """(full-precision inputs, quantized inputs, targets) of some images, targets as ``computed`` lists."""
         h_fp = self.float_stream.batch(indices)
         h_q = self.quantized_stream.batch(indices)
         if self.targets is None:

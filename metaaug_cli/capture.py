@@ -107,6 +107,12 @@ def _untraceable(error: Exception) -> GraphError:
         summary = f"its code works for batches of {fixed.group(1)} images only"
     place = _user_line(error) or _line_in_text(text)
     where = f" at {place}" if place else ""
+    if wrong := re.search(r"to have (\d+) channels, but got (\d+) channels", text):
+        wants, gets = wrong.groups()
+        return GraphError(
+            f"the network takes images of {wants} channels, the preprocessing gives {gets}{where}",
+            hint="--mean and --std take one value per channel",
+        )
     hint = (
         "make that line independent of tensor values and of the batch size (no Python `if` on a tensor, "
         "no fixed batch in view/reshape), or export the network yourself with a dynamic batch dimension and "

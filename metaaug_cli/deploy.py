@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor, fx, nn
 
@@ -58,9 +56,8 @@ class _Deployer:
         if self._absorbed(node):
             return self._operand(node.all_input_nodes[0])
         if is_global_pool(node):
-            return self.graph.call_function(
-                torch.ops.metaaug.global_average_pool.default, (self._operand(node.args[0]),)
-            )  # type: ignore[arg-type]
+            pooled = self._operand(node.all_input_nodes[0])
+            return self.graph.call_function(torch.ops.metaaug.global_average_pool.default, (pooled,))
         return self.graph.node_copy(node, self._operand)
 
     def _absorbed(self, node: fx.Node) -> bool:
@@ -110,7 +107,8 @@ class _Deployer:
         codes = torch.round(bias.cpu() / scale)
         if bool((codes.abs() > _LARGEST_BIAS_CODE).any()):
             raise GraphError(
-                f"a bias of layer {name} does not fit int32: {float(codes.abs().max()):.3g} steps of its grid",
+                f"a bias of layer {name} does not fit int32: "
+                f"{float(codes.abs().max()):.3g} steps of its grid",
                 hint="the layer has channels with almost no weight; prune them, or raise its weight scale",
             )
         return self.graph.call_function(
@@ -125,7 +123,7 @@ class _Deployer:
         if node in self.values:
             return self.values[node]
         if node.op == "get_attr":
-            name = "constants." + re.sub(r"\W", "_", str(node.target))
+            name = f"constants.{node.target}"
             return self._buffer(name, attribute(self.chain.module, node))
         raise AssertionError(f"{node} is read before it is computed")
 

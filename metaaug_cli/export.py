@@ -22,6 +22,7 @@ from metaaug_cli.manifest import Manifest, write_manifest
 from metaaug_cli.onnx_movement import move_codes
 from metaaug_cli.packing import PackMode
 from metaaug_cli.qdq_ops import translation_table
+from metaaug_cli.runtimes import Release, require_integer
 from metaaug_cli.simulation import IntegerSimulation
 
 _logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def export_onnx(
     manifest: Manifest,
     pack: PackMode = "int8",
     reduce_range: bool = False,
+    target: Release | None = None,
 ) -> ExportResult:
     """Export a deployed module to ONNX and check the file.
 
@@ -67,13 +69,17 @@ def export_onnx(
         manifest: Stored in the file's metadata, with what packing adds to it.
         pack: How codes under 8 bits are stored.
         reduce_range: Make 8-bit weights exact on x86 without VNNI, at the price of slower kernels.
+        target: ONNX Runtime release that must run it on integer kernels.
 
     Raises:
         GraphError: The module cannot be exported, or the file does not pass the ONNX checker.
         InputError: The file cannot be written.
+        UsageError: The target cannot run what ``pack`` asks for; nothing is written.
     """
     proto = ir.to_proto(build_model(module, input_size))
     packing = packing_passes.pack(proto, pack, reduce_range=reduce_range)
+    if target is not None:
+        require_integer(proto, target)
     manifest = manifest.model_copy(update={"packing": packing})
     write_manifest(proto, manifest)
     check_model(proto)

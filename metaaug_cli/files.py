@@ -1,5 +1,6 @@
 """Writing files so that a reader sees the old content or the new, never half of it."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as exc:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(
             f"cannot write {path}: {exc.strerror}", hint="name a file in a folder that exists and is writable"
         ) from exc

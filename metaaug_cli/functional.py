@@ -81,7 +81,7 @@ class _DropFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         to_x, to_scale = ctx.saved_tensors
         return grad * to_x, torch.dot(grad.flatten(), to_scale.flatten()), None, None, None
 
@@ -126,7 +126,13 @@ def grid(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> tuple[Tens
 
 
 def search_scale(
-    x: Tensor, bits: int, *, symmetric: bool, norm: float = 2.4, full_range: Tensor | None = None, clip: bool = True
+    x: Tensor,
+    bits: int,
+    *,
+    symmetric: bool,
+    norm: float = 2.4,
+    full_range: Tensor | None = None,
+    clip: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The clip ratio 1.00 … 0.01 of (min, max) with the least mean |x - fake_quantize(x)|^norm, row by row.
 

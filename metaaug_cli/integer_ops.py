@@ -136,6 +136,8 @@ def _multiply_add(x: Tensor, factor: Tensor, addend: Tensor | float) -> Tensor:
 def _add(a: Any, b: Any) -> Pending | None:
     if not (isinstance(a, Codes) and isinstance(b, Codes)):
         return None
+    if a.codes.numel() < b.codes.numel():  # a broadcast operand comes second
+        a, b = b, a
 
     def requantize(scale: Tensor, zero_point: int) -> tuple[Tensor, Tensor]:
         ratio_a, ratio_b = a.scale / scale, b.scale / scale
@@ -153,7 +155,7 @@ def _multiply(a: Any, b: Any) -> Pending | None:
         return None
 
     def requantize(scale: Tensor, zero_point: int) -> tuple[Tensor, Tensor]:
-        steps = _multiply_add(a.centred() * b.centred(), a.scale * b.scale / scale, zero_point)
+        steps = a.centred() * b.centred() * (a.scale * b.scale / scale) + zero_point
         return steps, torch.round(steps)
 
     return Pending(requantize, lambda: a.values() * b.values())
@@ -184,6 +186,15 @@ def _average_pool(x: Any, *settings: Any, **kwargs: Any) -> Pending | None:
     return Pending(requantize, lambda: mean)
 
 
+def _hard_sigmoid(x: Any) -> Tensor:
+    """In ONNX's order of operations: a last bit can move a code, wherever the same input code occurs."""
+    return (as_tensor(x) * (1 / 6) + 0.5).clamp(0, 1)
+
+
+def _hard_swish(x: Any) -> Tensor:
+    return as_tensor(x) * _hard_sigmoid(x)
+
+
 def _concatenate(parts: Any, dim: int = 0) -> Codes | None:
     if not all(isinstance(p, Codes) and p.same_grid(parts[0]) for p in parts):
         return None
@@ -209,6 +220,8 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: _add,
     aten.mul.Tensor: _multiply,
     aten.avg_pool2d.default: _average_pool,
+    aten.hardsigmoid.default: _hard_sigmoid,
+    aten.hardswish.default: _hard_swish,
     aten.cat.default: _concatenate,
     aten.constant_pad_nd.default: _pad,
     aten.pad.default: lambda x, pad, mode="constant", value=None: (

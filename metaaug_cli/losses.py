@@ -19,7 +19,7 @@ def reconstruction_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor]) ->
 
 
 def rounding_regularizer(softs: Sequence[Tensor], beta: float) -> Tensor:
-    """Sum of 1 - |2h - 1|^beta, which pushes every soft rounding h to 0 or 1 (AdaRound, ICML 2020, eq. 24)."""
+    """Sum of 1 - |2h - 1|^beta, which pushes soft roundings h to 0 or 1 (AdaRound, ICML 2020, eq. 24)."""
     return torch.stack([(1.0 - (2.0 * h - 1.0).abs().pow(beta)).sum() for h in softs]).sum()
 
 

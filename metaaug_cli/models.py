@@ -9,6 +9,7 @@ import re
 import typing
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import EllipsisType
@@ -102,9 +103,21 @@ def load_model(
     preprocessing = _resolve_preprocessing(source, overrides, resize)
     if isinstance(source.module, nn.Module):
         source.module.eval().to("cpu", torch.float32).requires_grad_(False)
-    state = source.module.state_dict
-    digest = hash_state(state() if callable(state) else state)
+    held = source.module.state_dict
+    state = held() if callable(held) else held
+    _require_finite(state, source.weights)
+    digest = hash_state(state)
     return LoadedModel(source.module, source.name, preprocessing, source.weights, digest)
+
+
+def _require_finite(state: Mapping[str, torch.Tensor], weights: str) -> None:
+    broken = [n for n, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise InputError(
+            f"the weights ({weights}) hold NaN or infinite values: {broken[0]}{more}",
+            hint="the training may have diverged; pass weights from an earlier epoch",
+        )
 
 
 def _load_source(spec: str, weights: Path | str | None) -> _Source:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from metaaug_cli.errors import GraphError
 from metaaug_cli.graph_tools import add_constant, attribute, insert_call
@@ -96,10 +97,8 @@ def _fold_constants(module: fx.GraphModule) -> None:
                 probe = torch.empty(0, dtype=like.dtype if like is not None else torch.float32)
                 kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "pin_memory", "layout")}
                 values[node] = node.target(probe, *node.args[1:], **kwargs)
-            elif (
-                (inputs
-                and all(i in values for i in inputs))
-                or (not inputs and node.target is not aten.sym_size.int)
+            elif (inputs and all(i in values for i in inputs)) or (
+                not inputs and node.target is not aten.sym_size.int
             ):
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
                 values[node] = node.target(*args, **{k: v for k, v in kwargs.items() if k != "device"})
@@ -116,9 +115,7 @@ def _fold_constants(module: fx.GraphModule) -> None:
 
 
 def _is_static(args: Any) -> bool:
-    found: list[fx.Node] = []
-    fx.node.map_arg(args, lambda n: found.append(n) or n)
-    return not found
+    return not any(isinstance(a, fx.Node) for a in pytree.tree_leaves(args))
 
 
 def _drop_identities(module: fx.GraphModule) -> None:
@@ -190,7 +187,7 @@ def _convolutions_with_numeric_padding(module: fx.GraphModule) -> None:
 
 def _fill(node: fx.Node, defaults: tuple[Any, ...]) -> list[Any]:
     """Positional arguments with the schema's defaults for those not given."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in node.target._schema.arguments]
     filled = list(node.args)
     for position in range(len(node.args), len(names)):
         default = defaults[position - 2] if position >= 2 else None
@@ -224,6 +221,7 @@ def _average_pools(module: fx.GraphModule) -> None:
 
 def _adaptive_pool(node: fx.Node) -> None:
     x = node.args[0]
+    assert isinstance(x, fx.Node)
     height, width = (int(v) for v in x.meta["val"].shape[2:])
     out_height, out_width = (int(v) for v in node.meta["val"].shape[2:])
     if (out_height, out_width) == (height, width):
@@ -296,6 +294,8 @@ def _can_fold(producer: fx.Node, norm: fx.Node) -> bool:
 def _fold_into(module: fx.GraphModule, layer: fx.Node, factor: Tensor, shift: Tensor) -> None:
     weight_node = layer.args[1]
     bias_node = layer.args[2] if len(layer.args) > 2 else None
+    assert isinstance(weight_node, fx.Node)
+    assert bias_node is None or isinstance(bias_node, fx.Node)
     weight = attribute(module, weight_node)
     folded = (weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))).float()
     bias = shift if bias_node is None else attribute(module, bias_node).double() * factor + shift
@@ -310,7 +310,8 @@ def _depthwise(module: fx.GraphModule, norm: fx.Node, name: str, factor: Tensor,
     x = norm.args[0]
     if x.meta["val"].dim() != 4:
         raise GraphError(
-            f"the batch norm `{name}` follows no convolution or linear layer and has {x.meta['val'].dim()}-D input",
+            f"the batch norm `{name}` follows no convolution or linear layer and "
+            f"has {x.meta['val'].dim()}-D input",
             hint="fold it into the next linear layer before quantizing",
         )
     channels = factor.numel()
@@ -340,7 +341,8 @@ def _require_single_tensors(module: fx.GraphModule) -> None:
             (t.strip() for t in reversed((node.meta.get("stack_trace") or "").splitlines()) if t.strip()), ""
         )
         raise GraphError(
-            f"the operator {node.target} gives several values and cannot be cut into blocks (at: {line or 'unknown line'})",
+            f"the operator {node.target} gives several values and cannot be cut into blocks "
+            f"(at: {line or 'unknown line'})",
             hint="rewrite that line with single-tensor operators, or wrap the network so that it is left out",
         )
 

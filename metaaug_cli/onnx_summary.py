@@ -12,7 +12,8 @@ import onnx
 from metaaug_cli.errors import InputError
 from metaaug_cli.manifest import Manifest, read_manifest
 from metaaug_cli.onnx_view import WEIGHTED, CodeTensor, WeightTensor, code_tensors, weight_tensors
-from metaaug_cli.packing import least_onnxruntime, saturating_layers
+from metaaug_cli.packing import saturating_layers
+from metaaug_cli.runtimes import least_release
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def summarize_onnx(path: Path) -> OnnxSummary:
         layers=tuple(_layer(t, weight_bits) for t in weights),
         activations=tuple(_activation(t, act_bits) for t in code_tensors(model)),
         float_layers=tuple(_float_layers(model)),
-        least_onnxruntime=least_onnxruntime(model),
+        least_onnxruntime=least_release(model),
         saturating=tuple(saturating_layers(model)),
     )
 

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from metaaug_cli.manifest import Packing
 from metaaug_cli.onnx_view import CODES, MOVEMENT, SCALE, GraphView, activation_range
+from metaaug_cli.runtimes import least_release
 
 PackMode = Literal["int8", "packed", "native"]
 WITHOUT_INTEGER_KERNELS = {"session.disable_quant_qdq": "1"}
@@ -26,7 +27,6 @@ WITHOUT_INTEGER_KERNELS = {"session.disable_quant_qdq": "1"}
 _OPSET_OF_TWO_BITS, _IR_OF_TWO_BITS = 25, 13
 _PAIR_LIMIT = 2**15 - 1
 _TWO_BITS = {TensorProto.INT2, TensorProto.UINT2}
-_FOUR_BITS = {TensorProto.INT4, TensorProto.UINT4}
 
 
 @dataclass(frozen=True)
@@ -79,21 +79,7 @@ def pack(model: onnx.ModelProto, mode: PackMode, *, reduce_range: bool = False) 
         avoid_saturation(model)
     changed = {"int8": lambda _: 0, "packed": pack_weights, "native": use_native_types}[mode](model)
     options = WITHOUT_INTEGER_KERNELS if mode == "native" and changed else {}
-    return Packing(mode=mode, least_onnxruntime=least_onnxruntime(model), session_options=options)
-
-
-def least_onnxruntime(model: onnx.ModelProto) -> str:
-    """Oldest ONNX Runtime release that loads a model and runs its integer kernels.
-
-    Tried on releases 1.20 to 1.31; no older one was.
-    """
-    types = {i.name: i.data_type for i in model.graph.initializer}
-    unpacked = {types.get(node.input[0]) for node in model.graph.node if node.op_type == "Cast"}
-    if unpacked & _TWO_BITS:
-        return "1.25"
-    if set(types.values()) & _TWO_BITS:
-        return "1.24"
-    return "1.23" if unpacked & _FOUR_BITS else "1.20"
+    return Packing(mode=mode, least_onnxruntime=least_release(model), session_options=options)
 
 
 def pack_weights(model: onnx.ModelProto) -> int:

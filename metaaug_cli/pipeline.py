@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +22,14 @@ from metaaug_cli.config import Recipe
 from metaaug_cli.data import CalibrationSet
 from metaaug_cli.deploy import deploy
 from metaaug_cli.errors import MetaAugError, UsageError
+from metaaug_cli.memory import peak_memory_mib
 from metaaug_cli.models import LoadedModel
 from metaaug_cli.prepare import prepare_chain, schedule_of
 from metaaug_cli.reconstruct import BlockHistory, reconstruct_block
 
 _logger = logging.getLogger(__name__)
 _SCALE_SEARCH_IMAGES = 64
-_AGREEMENT_IMAGES, _AGREEMENT_BATCH = 256, 32
+_AGREEMENT_IMAGES, _AGREEMENT_BATCH = 128, 32
 
 
 class Progress(Protocol):
@@ -278,7 +278,7 @@ def _metrics(
         "calibration_agreement": float(torch.cat(same).mean()),
         "calibration_agreement_images": len(shown),
         "seconds": round(seconds, 1),
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_memory_mib": peak_memory_mib(),
         "blocks": {
             block.name: {
                 "loss_before": h.loss_before,
@@ -297,5 +297,6 @@ def _out_of_memory_hint() -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         raise MetaAugError(
             f"the GPU is out of memory: {str(error).splitlines()[0]}",
-            hint="lower --batch or --cache-gb, or use --device cpu; finished blocks are kept, continue with --resume",
+            hint="lower --batch or --cache-gb, or use --device cpu; finished blocks are kept, "
+            "continue with --resume",
         ) from error

@@ -188,7 +188,7 @@ def _spec_of_class(
     consumers = [u for n in group for u in n.users if u not in inside]
     layer_bits = [b for b in (_input_bits(context, u, root) for u in consumers) if b is not None]
     is_integer = context.kind == "integer"
-    if not layer_bits and not (is_integer and _needs_grid(context, root, consumers)):
+    if not layer_bits and not (is_integer and _needs_grid(root, consumers)):
         return None
     is_output = any(u.op == "output" for u in consumers)
     if not layer_bits and is_output and not context.quantize_output:
@@ -212,7 +212,7 @@ def _spec_of_class(
 
 
 def _input_bits(context: _Context, consumer: fx.Node, root: fx.Node) -> int | None:
-    """Bits that one consumer asks of its input; None where it is not a layer whose input the papers quantize."""
+    """Bits that one consumer asks of its input; None where it is no layer whose input the papers quantize."""
     spec = context.weights.get(consumer)
     if spec is None or consumer.meta.get("affine"):
         return None
@@ -233,11 +233,10 @@ def _computed_by_first_layer(root: fx.Node, context: _Context) -> bool:
     return spec is not None and spec.is_first
 
 
-def _needs_grid(context: _Context, root: fx.Node, consumers: list[fx.Node]) -> bool:
+def _needs_grid(root: fx.Node, consumers: list[fx.Node]) -> bool:
     """Whether an integer kernel reads or writes the value, activations fused into their producer excepted."""
-    if [u for u in root.users if u.op == "call_function" and role(u) is Role.ACTIVATION] and len(
-        root.users
-    ) == 1:
+    only_reader = next(iter(root.users)) if len(root.users) == 1 else None
+    if only_reader is not None and only_reader.op == "call_function" and role(only_reader) is Role.ACTIVATION:
         return False
     producer = root
     while producer.op == "call_function" and role(producer) is Role.ACTIVATION:
@@ -249,7 +248,7 @@ def _needs_grid(context: _Context, root: fx.Node, consumers: list[fx.Node]) -> b
 
 
 def _anchor(root: fx.Node, inside: set[fx.Node]) -> fx.Node:
-    """The last value of the class that every consumer reads through, so the grid is learned where it is used."""
+    """The last value of the class that every consumer reads through: the grid is learned where it is used."""
     node = root
     while len(node.users) == 1 and next(iter(node.users)) in inside:
         node = next(iter(node.users))

@@ -46,7 +46,7 @@ def plan_run(chain: Chain, schedule: Schedule, *, images: int, device: torch.dev
     """Describe every block; the time comes from training steps of each on four random images.
 
     Args:
-        chain: From ``pipeline.rebuild_chain``.
+        chain: From ``prepare.prepare_chain``.
         schedule: Of each block.
         images: Calibration images.
         device: Where the run would be.

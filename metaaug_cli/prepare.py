@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from metaaug_cli.blocks import Chain, build_chain
 from metaaug_cli.capture import capture
 from metaaug_cli.config import Recipe
+from metaaug_cli.errors import GraphError
 from metaaug_cli.placement import Bits, place
 from metaaug_cli.reconstruct import Schedule, rate_factor
 
@@ -18,8 +19,13 @@ _DROPS = {"qdrop", "genie"}
 
 
 def prepare_chain(program: nn.Module | ExportedProgram, input_size: tuple[int, ...], recipe: Recipe) -> Chain:
-    """Capture, place and cut: everything before learning, the same each time for the same inputs."""
+    """Capture, place and cut: everything before learning, the same each time for the same inputs.
+
+    Raises:
+        GraphError: The network cannot be captured or cut, or gives no row of logits for an image.
+    """
     module = capture(program, input_size)  # type: ignore[arg-type]
+    _require_logits(module)
     settings = recipe.quantization
     placement = place(
         module.graph,
@@ -36,6 +42,17 @@ def prepare_chain(program: nn.Module | ExportedProgram, input_size: tuple[int, .
         max_layers=recipe.reconstruction.max_block_layers,
         scale_norm=recipe.reconstruction.scale_norm,
     )
+
+
+def _require_logits(module: fx.GraphModule) -> None:
+    output = next(n for n in module.graph.nodes if n.op == "output").all_input_nodes[0]
+    shape = tuple(output.meta["val"].shape[1:])
+    if len(shape) != 1:
+        raise GraphError(
+            f"the network gives {shape} for an image, not a row of logits",
+            hint="metaaug quantizes image classifiers: wrap the network so that its output is "
+            "(images, classes), with flatten(1) for one",
+        )
 
 
 def bits_of(recipe: Recipe) -> Bits:

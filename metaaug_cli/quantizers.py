@@ -23,8 +23,8 @@ _LEAST_RELATIVE_SCALE = 2.0**-14
 class WeightQuantizer(nn.Module):
     """Per-channel weight grid whose rounding and scale are learned together.
 
-    Genie-M (Jeon et al., CVPR 2023, eq. 5): ``W_q = s * (clamp(floor(W / s_init) + h(V) + z, 0, 2^b - 1) - z)``;
-    the floor stays on the initial scale, so V and s can move at once.
+    Genie-M (Jeon et al., CVPR 2023, eq. 5): ``W_q = s * (clamp(floor(W / s_init) + h(V) + z, 0, 2^b - 1)
+    - z)``; the floor stays on the initial scale, so V and s can move at once.
 
     Args:
         weight: (out, …) float weight.
@@ -58,6 +58,7 @@ class WeightQuantizer(nn.Module):
 
     base: Tensor
     base_scale: Tensor
+    relative_scale: nn.Parameter
     zero_point: Tensor
 
     @property
@@ -129,6 +130,7 @@ class ActivationQuantizer(nn.Module):
         self.generator: torch.Generator | None = None
 
     base_scale: Tensor
+    relative_scale: nn.Parameter
     zero_point: Tensor
 
     @property

@@ -30,8 +30,8 @@ Tick = Callable[[int, int], None]
 class Schedule:
     """How one block is learned; rates are Adam's at the published 20 000 iterations.
 
-    The scale rates are relative to each searched scale, so that they mean the same for 2 and 8 bits and before
-    and after batch-norm folding; the published 1e-4 and 4e-5 are absolute, on unfolded weights.
+    The scale rates are relative to each searched scale, so that they mean the same for 2 and 8 bits and
+    before and after batch-norm folding; the published 1e-4 and 4e-5 are absolute, on unfolded weights.
 
     Args:
         iterations: Optimizer steps; 0 learns nothing.
@@ -129,7 +129,7 @@ def training_step_runs(block: Block, inputs: Values, schedule: Schedule) -> None
         outputs = block.quantized_block(*mix(inputs, inputs, schedule.quant_prob, drops))
         kept = [outputs[i] for i in block.computed], [targets[i] for i in block.computed]
         regularizer = rounding_regularizer([q.rounding() for q in block.weights.values()], schedule.beta_end)
-        (reconstruction_loss(*kept) + regularizer).backward()  # type: ignore[no-untyped-call]
+        (reconstruction_loss(*kept) + regularizer).backward()
     block.quantized_block.zero_grad(set_to_none=True)
 
 
@@ -141,7 +141,9 @@ class _Learner:
         device = data.float_stream.device
         seed = int(torch.randint(2**62, (), generator=generator))
         self.drops = torch.Generator(device=device).manual_seed(seed)
-        self.scales = [q.relative_scale for q in [*block.weights.values(), *block.activations.values()]]
+        self.scales: list[Tensor] = [
+            q.relative_scale for q in [*block.weights.values(), *block.activations.values()]
+        ]
         self.optimizer = torch.optim.Adam(self._groups())
         self.decayed = self.optimizer.param_groups[1:]
         self.rates = [group["lr"] for group in self.decayed]
@@ -194,7 +196,7 @@ class _Learner:
             regularizer = rounding_regularizer([q.rounding() for q in self.block.weights.values()], beta)
             loss = loss + schedule.rounding_weight * regularizer
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_clamp_min_(self.scales, _LEAST_RELATIVE_SCALE)

@@ -216,6 +216,8 @@ def add(_: onnx.NodeProto, inputs: list[Any]) -> Pending | None:
     a, b = inputs
     if not _both_activations(a, b):
         return None
+    if a.codes.size < b.codes.size:  # a broadcast operand comes second
+        a, b = b, a
 
     def to_codes(scale: np.float32, zero_point: int) -> Array:
         ratio_a, ratio_b = np.float32(a.scale.reshape(()) / scale), np.float32(b.scale.reshape(()) / scale)
@@ -235,7 +237,8 @@ def multiply(_: onnx.NodeProto, inputs: list[Any]) -> Pending | None:
 
     def to_codes(scale: np.float32, zero_point: int) -> Array:
         ratio = np.float32(np.float32(a.scale.reshape(()) * b.scale.reshape(())) / scale)
-        return np.rint(_multiply_add(a.centred() * b.centred(), ratio, zero_point))
+        product = (a.centred() * b.centred()).astype(np.float32)
+        return np.rint(product * ratio + np.float32(zero_point))
 
     return Pending(to_codes, lambda: a.values() * b.values())
 

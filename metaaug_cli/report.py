@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter
 from metaaug_cli.evaluation import Evaluation
 from metaaug_cli.files import write_atomically
 from metaaug_cli.gates import Gate
+from metaaug_cli.openvino_check import OpenVinoReport
 from metaaug_cli.parity import LayerParity, Parity
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -85,6 +86,7 @@ class Report:
     gates: Annotated[tuple[Gate, ...], Field(description="the limits that were asked for")]
     passed: Annotated[bool, Field(description="whether every gate was met")]
     versions: Annotated[dict[str, str], Field(description="Python and the libraries that took part")]
+    openvino: Annotated[OpenVinoReport | None, Field(description="null without --openvino")]
 
 
 def summarize_parity(parity: Parity) -> ParityReport:

@@ -9,10 +9,9 @@ from one block to the next. Nothing here looks at the name or type of a module.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 
 import torch
 from torch import fx
@@ -77,7 +76,7 @@ class _Liveness:
         self.order = order
 
     def alive_after(self, index: int) -> list[fx.Node]:
-        """Activations that exist after ``order[index]`` and are read later; index -1 is the network's input."""
+        """Activations that exist after ``order[index]`` and are read later; index -1 is the image."""
         candidates = [self.placeholder, *self.order[: index + 1]]
         return [n for n in candidates if self.last_use[n] > index and self._is_per_image(n)]
 
@@ -107,7 +106,7 @@ def _segments(order: list[fx.Node], liveness: _Liveness) -> list[list[fx.Node]]:
 
 
 def _glue_layerless(segments: list[list[fx.Node]]) -> list[list[fx.Node]]:
-    """Activations and pools go with the layer before them, the head's pool and flatten with the last layer."""
+    """Activations and pools go with the layer before them, the head's pool and flatten with the last."""
     with_layers = [i for i, s in enumerate(segments) if any(map(_is_layer, s))]
     last = with_layers[-1] if with_layers else -1
     before_last = with_layers[-2] if len(with_layers) > 1 else -1
@@ -146,8 +145,7 @@ def _path(segment: list[fx.Node]) -> tuple[str, ...]:
     owners = [layer_name(n).split(".") for n in segment if _is_layer(n)]
     if not owners:
         owners = [str(n.meta.get("owner", "")).split(".") for n in segment]
-    common = os.path.commonprefix(owners) if len(owners) > 1 else owners[0]
-    return tuple(common)
+    return tuple(names[0] for names in takewhile(lambda n: len(set(n)) == 1, zip(*owners, strict=False)))
 
 
 def _merge_by_module(segments: list[list[fx.Node]]) -> list[list[list[fx.Node]]]:
@@ -241,14 +239,22 @@ def stage_macs(stage: Stage) -> int:
 def _macs(node: fx.Node) -> int:
     weight = node.args[1].meta["val"]  # type: ignore[union-attr]
     if node.target == aten.linear.default:
-        rows = 1
-        for size in node.args[0].meta["val"].shape[1:-1]:  # type: ignore[union-attr]
-            rows *= int(size)
-        return int(weight.numel()) * rows
+        return int(weight.numel()) * _rows_per_image(node.args[0])  # type: ignore[arg-type]
     positions = 1
     for size in node.meta["val"].shape[2:]:
         positions *= int(size)
     return int(weight.numel()) * positions
+
+
+def _rows_per_image(matrix: fx.Node) -> int:
+    """Rows that one image has in a linear layer's input: several where tokens were flattened into it."""
+    source = matrix.args[0] if matrix.target == aten.reshape.default else None
+    if not isinstance(source, fx.Node) or source.meta["val"].shape[-1] != matrix.meta["val"].shape[-1]:
+        return 1
+    rows = 1
+    for size in source.meta["val"].shape[1:-1]:
+        rows *= int(size)
+    return rows
 
 
 def value_bytes(node: fx.Node) -> int:

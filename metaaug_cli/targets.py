@@ -25,6 +25,7 @@ from metaaug_cli.evaluation import (
 )
 from metaaug_cli.manifest import Manifest, read_manifest
 from metaaug_cli.models import LoadedModel, load_model
+from metaaug_cli.openvino_check import OPENVINO, OpenVinoLayers, open_openvino
 from metaaug_cli.ort import open_session
 from metaaug_cli.preprocessing import Preprocessing
 from metaaug_cli.simulation import IntegerSimulation
@@ -44,6 +45,7 @@ class Target:
         session_options: What ONNX Runtime needs to load it.
         deployed: The simulation as it was exported, for the parity check; ``None`` for a bare file.
         num_outputs: Number of logits.
+        openvino: What OpenVINO runs of the file, where it is one of the predictors.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Target:
     session_options: Mapping[str, str]
     deployed: IntegerSimulation | None
     num_outputs: int
+    openvino: OpenVinoLayers | None = None
 
 
 def open_target(
@@ -88,6 +91,16 @@ def open_target(
     if path.suffix != ".onnx":
         raise InputError(f"{path} is neither a run directory nor an .onnx file")
     return _open_onnx(path, model, options)
+
+
+def add_openvino(target: Target) -> Target:
+    """The same target with OpenVINO as one more predictor, on the file that ONNX Runtime runs.
+
+    Raises:
+        InputError: OpenVINO is not installed, or refuses the file.
+    """
+    predictor, layers = open_openvino(target.onnx_path)
+    return replace(target, predictors={**target.predictors, OPENVINO: predictor}, openvino=layers)
 
 
 def _open_run(path: Path, onnx_path: Path | None) -> Target:

@@ -164,7 +164,8 @@ def trained(network: nn.Module, seed: int = 0) -> nn.Module:
     """The network in eval mode with batch norms whose statistics and affine part are not the identity."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+        gain = (2.0 / parameter[0].numel()) ** 0.5 if parameter.dim() > 1 else 0.3
+        parameter.data = torch.randn(parameter.shape, generator=generator) * gain
     for module in network.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             shape = module.running_mean.shape
@@ -188,7 +189,9 @@ def family(name: str) -> torch.fx.GraphModule:
     return _captured[name]
 
 
-def placed(module: torch.fx.GraphModule, kind: str = "integer", *, bits: Bits | None = None, **options) -> Placement:
+def placed(
+    module: torch.fx.GraphModule, kind: str = "integer", *, bits: Bits | None = None, **options
+) -> Placement:
     return place(module.graph, kind=kind, bits=bits or Bits(weight=4, act=4), **options)
 
 
@@ -198,7 +201,7 @@ def targets(module: torch.fx.GraphModule) -> list[str]:
 
 
 def labels(graph: torch.fx.Graph) -> dict[torch.fx.Node, str]:
-    """Operator name and occurrence of each node ("relu", "relu_1"): fx's own names differ between torch versions."""
+    """Operator and occurrence of each node ("relu", "relu_1"); fx's own names differ between torch versions."""
     found: dict[torch.fx.Node, str] = {}
     counts: dict[str, int] = {}
     for node in graph.nodes:

@@ -141,10 +141,19 @@ def _explain(exc: BaseException) -> tuple[str, str | None, int]:
         return f"{where}{exc.strerror}", None, USAGE
     if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
         return "the disk is full", "free some space, then run the same command again", FAILED
-    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
-        return "out of memory", "use a smaller --batch, --cache-gb or --num", FAILED
+    if _is_out_of_memory(exc):
+        return "out of memory", "use a smaller --batch, --cache-gb, --num or --size", FAILED
     detail = str(exc).strip().split("\n")[0] or "no message"
     return f"unexpected {type(exc).__name__}: {detail}", None, FAILED
+
+
+def _is_out_of_memory(exc: BaseException) -> bool:
+    # torch has a class of its own for CUDA and a bare RuntimeError for the CPU.
+    return (
+        isinstance(exc, MemoryError)
+        or type(exc).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(exc)
+    )
 
 
 def _save_traceback(exc: BaseException) -> str:

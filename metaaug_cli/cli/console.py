@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from metaaug_cli.errors import MetaAugError
+from metaaug_cli.errors import MetaAugError, UsageError
 from metaaug_cli.files import write_atomically
 
 WIDTH = 80
@@ -90,6 +90,11 @@ class Console:
     def __init__(self, *, quiet: bool = False, json: bool | str | None = False) -> None:
         self.quiet = quiet
         self._json_path = Path(json) if isinstance(json, str) and json != "-" else None
+        if self._json_path is not None and not self._json_path.parent.is_dir():
+            raise UsageError(
+                f"--json {json}: there is no folder {self._json_path.parent}",
+                hint="name a file in a folder that exists and is writable",
+            )
         self.json = bool(json)
         self._err = _rich(stderr=True)
         self._out = self._err if self.json and self._json_path is None else _rich(stderr=False)

@@ -121,6 +121,14 @@ OnnxOpt = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+OpenVinoOpt = Annotated[
+    bool,
+    typer.Option(
+        "--openvino",
+        help="Run the file in OpenVINO too: 8-bit layers there, agreement with ONNX Runtime.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 ModelOpt = Annotated[
     str | None,
     typer.Option(
@@ -166,6 +174,7 @@ def evaluate(
     max_drop: MaxDropOpt = None,
     min_agreement: MinAgreementOpt = None,
     parity: ParityOpt = False,
+    openvino: OpenVinoOpt = False,
     model: ModelOpt = None,
     weights: WeightsOpt = None,
     size: SizeOpt = None,
@@ -195,11 +204,12 @@ def evaluate(
 
     from metaaug_cli.gates import check_limits, check_possible, require
     from metaaug_cli.report import report_to_dict, write_junit
-    from metaaug_cli.targets import open_target
+    from metaaug_cli.targets import add_openvino, open_target
 
     check_limits(max_drop=max_drop, min_agreement=min_agreement)
     folder = _scan(data, classes, no_labels)
     opened = open_target(target, onnx_path=onnx, model=model, options=options)
+    opened = add_openvino(opened) if openvino else opened
     _check_classes(folder, opened.num_outputs)
     check_possible(
         opened.predictors,
@@ -263,6 +273,7 @@ def _measure(
     from metaaug_cli.evaluation import predict, score
     from metaaug_cli.gates import accuracy_gates, parity_gates
     from metaaug_cli.manifest import package_versions
+    from metaaug_cli.openvino_check import summarize
     from metaaug_cli.ort import count_kernels
     from metaaug_cli.report import (
         SCHEMA_VERSION,
@@ -306,6 +317,7 @@ def _measure(
         gates=tuple(gates),
         passed=all(gate.passed for gate in gates),
         versions=package_versions(),
+        openvino=None if opened.openvino is None else summarize(opened.openvino, evaluation.scores),
     )
 
 
@@ -339,10 +351,10 @@ def _check_parity(
 
 def _record(console: Console, run_dir: Path, report: Report) -> None:
     """Keep the accuracy in the run's metrics, from which an exported file's manifest takes it."""
-    from metaaug_cli.artifacts import METRICS_FILE
+    from metaaug_cli.artifacts import METRICS_FILE, read_metrics
 
     path = run_dir / METRICS_FILE
-    metrics = jsonlib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    metrics = read_metrics(run_dir)
     metrics["evaluation"] = {
         "data": Path(report.data.folder).name,
         "images": report.data.images,

@@ -9,10 +9,11 @@ from metaaug_cli.cli.console import Console
 
 if TYPE_CHECKING:
     from metaaug_cli.evaluation import Evaluation, Score
+    from metaaug_cli.openvino_check import OpenVinoReport
     from metaaug_cli.parity import LayerParity
     from metaaug_cli.report import Kernels, ParityReport, Report
 
-_SHOWN = {"float": "float", "simulated": "simulated", "onnxruntime": "ONNX Runtime"}
+_SHOWN = {"float": "float", "simulated": "simulated", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _KINDS = ("Conv", "Gemm", "Add")
 _NAMED_NODES = 5
 _NAMED_LAYERS = 8
@@ -26,6 +27,8 @@ def show_report(console: Console, report: Report) -> None:
         gated = any(gate.name.startswith("parity") for gate in report.gates)
         show_parity(console, report.parity, verdict=not gated)
     show_kernels(console, report.kernels)
+    if report.openvino is not None:
+        show_openvino(console, report.openvino)
     for gate in report.gates:
         console.verdict(gate.passed, f"{gate.name}: {gate.text}")
 
@@ -102,6 +105,20 @@ def show_kernels(console: Console, kernels: Kernels) -> None:
     if integer and floats:
         more = f" and {len(floats) - _NAMED_NODES} more" if len(floats) > _NAMED_NODES else ""
         console.result(f"in float: {', '.join(floats[:_NAMED_NODES])}{more}")
+
+
+def show_openvino(console: Console, openvino: OpenVinoReport) -> None:
+    """What a second runtime makes of the file."""
+    kernels = openvino.kernels
+    console.result(
+        f"OpenVINO {kernels.version}: {kernels.integer} of {kernels.layers} convolutions and linear layers "
+        f"run as 8-bit; {_percent(openvino.agreement)} % agreement with ONNX Runtime, max |Δlogit| "
+        f"{openvino.max_logit_difference:.2g}"
+    )
+    if kernels.float_layers:
+        more = f" and {len(kernels.float_layers) - _NAMED_NODES} more"
+        shown = ", ".join(kernels.float_layers[:_NAMED_NODES])
+        console.result(f"in float there: {shown}{more if len(kernels.float_layers) > _NAMED_NODES else ''}")
 
 
 def _images(count: int) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from metaaug_cli.cli.bench import run_bench
 from metaaug_cli.cli.console import Column, Console
 from metaaug_cli.cli.options import OUTPUT_PANEL, JsonOpt, QuietOpt
 from metaaug_cli.errors import InputError
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from metaaug_cli.manifest import Manifest
     from metaaug_cli.onnx_summary import OnnxSummary
     from metaaug_cli.ort import KernelCount
+    from metaaug_cli.packing import PackMode
+    from metaaug_cli.runtimes import Release
 
 EXPORT_EPILOG = """\
 [bold]The file to deploy[/bold], integer kernels in ONNX Runtime
@@ -26,8 +29,14 @@ EXPORT_EPILOG = """\
 [bold]Two to four times smaller[/bold], the same kernels
   metaaug export runs/r18 -o r18.onnx --pack packed
 
+[bold]For the runtime at hand[/bold]: the smallest form it runs as integers
+  metaaug export runs/r18 -o r18.onnx --target-ort 1.22
+
 [bold]For old x86 servers[/bold], exact without any session option
-  metaaug export runs/r18 -o r18.onnx --reduce-range"""
+  metaaug export runs/r18 -o r18.onnx --reduce-range
+
+[bold]What it is worth here[/bold]: latency and size of every form
+  metaaug export runs/r18 -o r18.onnx --bench"""
 
 INSPECT_EPILOG = """\
 [bold]Bits and scales of every layer[/bold], from any tool's QDQ file
@@ -62,11 +71,30 @@ OutOpt = Annotated[
     ),
 ]
 PackOpt = Annotated[
-    Pack,
+    Pack | None,
     typer.Option(
         "--pack",
-        help="int8: 8-bit containers. packed: 4- and 2-bit storage, unpacked while loading. "
+        help="int8 (default): 8-bit containers. packed: 4- and 2-bit storage, unpacked while loading. "
         "native: 4- and 2-bit ONNX types, no integer kernels in ONNX Runtime.",
+        rich_help_panel=OUTPUT_PANEL,
+        show_default=False,
+    ),
+]
+TargetOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--target-ort",
+        metavar="VERSION",
+        help="ONNX Runtime release, 1.22 say, that must run the file as integers; refuses a --pack it "
+        "cannot, and chooses the smallest one it can.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+BenchOpt = Annotated[
+    bool,
+    typer.Option(
+        "--bench",
+        help="Time float and every form on this machine: one thread, batch 1 and 8, as ratios to float.",
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]
@@ -90,8 +118,10 @@ def register(app: typer.Typer) -> None:
 def export(
     run: RunArg,
     out: OutOpt,
-    pack: PackOpt = Pack.INT8,
+    pack: PackOpt = None,
+    target_ort: TargetOpt = None,
     reduce_range: ReduceRangeOpt = False,
+    bench: BenchOpt = False,
     json: JsonOpt = None,
     quiet: QuietOpt = False,
 ) -> None:
@@ -108,21 +138,51 @@ def export(
     from metaaug_cli.artifacts import load_run
     from metaaug_cli.export import export_onnx
     from metaaug_cli.ort import count_kernels
+    from metaaug_cli.runtimes import parse_release
 
+    target = parse_release(target_ort) if target_ort is not None else None
     loaded = load_run(run)
+    manifest = loaded.manifest()
     console.note(f"exporting {loaded.info['model']} from {run}")
     result = export_onnx(
         loaded.simulated_module,
         input_size=loaded.input_size,
         path=out,
-        manifest=loaded.manifest(),
-        pack=pack.value,
+        manifest=manifest,
+        pack=_chosen_pack(pack, target, manifest),
         reduce_range=reduce_range,
+        target=target,
     )
     kernels = count_kernels(out, options=result.manifest.packing.session_options)
     saturating = _saturating(out)
     _show_export(console, result, kernels, saturating)
-    console.data(_export_data(result, kernels, saturating))
+    data = _export_data(result, kernels, saturating)
+    if target is not None:
+        _show_target(console, target)
+        data["target_onnxruntime"] = target_ort
+    if bench:
+        data["latency"] = run_bench(console, loaded)
+    console.data(data)
+
+
+def _chosen_pack(pack: Pack | None, target: Release | None, manifest: Manifest) -> PackMode:
+    from metaaug_cli.runtimes import choose_pack
+
+    if pack is not None:
+        return pack.value
+    return "int8" if target is None else choose_pack(set(manifest.weight_bits.values()), target)
+
+
+def _show_target(console: Console, target: Release) -> None:
+    from metaaug_cli.runtimes import NEWEST, format_release
+
+    if target > NEWEST:
+        console.warn(
+            f"ONNX Runtime {format_release(target)} is newer than {format_release(NEWEST)}, the newest that "
+            "was measured; check the file with `metaaug evaluate` there"
+        )
+    else:
+        console.note(f"ONNX Runtime {format_release(target)} runs this form as integers")
 
 
 def _saturating(path: Path) -> list[str]:

@@ -26,7 +26,7 @@ from metaaug_cli.cli.options import (
     WeightsOpt,
     model_options,
 )
-from metaaug_cli.errors import UsageError
+from metaaug_cli.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
     from metaaug_cli.config import Recipe
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 METHOD_PANEL = "Method"
 RUN_PANEL = "Run"
+_NAMED_FILES = 5
 
 EPILOG = """\
 [bold]Examples[/bold]
@@ -221,6 +222,9 @@ def quantize(
         weights=weights, size=size, resize=resize, mean=mean, std=std, interpolation=interpolation
     )
 
+    if out is not None and not plan:
+        _require_free(out, resume=resume)
+
     from metaaug_cli.memory import keep_freed_memory
     from metaaug_cli.models import load_model
 
@@ -229,7 +233,9 @@ def quantize(
     calibration = _load_calibration(console, calib, loaded, resolved)
     _show_inputs(console, loaded, calibration)
     if plan:
-        _show_plan(console, loaded, calibration, resolved, device)
+        from metaaug_cli.cli.plan_view import show_plan
+
+        show_plan(console, loaded, calibration, resolved, device)
         return
     run_dir = _run_directory(out, loaded.name, resolved, resume=resume)
     continue_with = f"metaaug {shlex.join(_without_resume(sys.argv[1:]))} --resume"
@@ -239,12 +245,32 @@ def quantize(
         _run(console, loaded, calibration, resolved, run_dir, device=device, cache_gb=cache_gb, resume=resume)
 
 
+_FLAG_OF = {
+    "calibration.num": "--num",
+    "quantization.weight_bits": "--wbits",
+    "quantization.act_bits": "--abits",
+    "quantization.placement": "--placement",
+    "reconstruction.method": "--method",
+    "reconstruction.iterations": "--iterations",
+    "reconstruction.batch_size": "--batch",
+    "augmentation.kind": "--augment",
+    "seed": "--seed",
+}
+
+
 def _resolve_recipe(name: str | None, flags: dict[str, Any], assignments: list[str]) -> Recipe:
     from metaaug_cli.config import Recipe, load_recipe
 
     recipe = load_recipe(name) if name else Recipe()
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    return recipe.override(given, where="flags").override(assignments)
+    try:
+        recipe = recipe.override(given, where="flags")
+    except RecipeError as error:
+        text = error.message
+        for key in flags:
+            text = text.replace(f"{key}:", f"{_FLAG_OF[key]}:")
+        raise UsageError(text, hint="metaaug quantize --help shows every option, with examples") from None
+    return recipe.override(assignments)
 
 
 def _load_calibration(console: Console, calib: Path, loaded: LoadedModel, recipe: Recipe) -> CalibrationSet:
@@ -264,6 +290,16 @@ def _show_inputs(console: Console, loaded: LoadedModel, calibration: Calibration
     console.note(f"model        {loaded.name}, weights: {loaded.weights}")
     console.note(f"images       {loaded.preprocessing.describe()}")
     console.note(f"calibration  {len(calibration.images)} images, {calibration.origin}")
+    if calibration.skipped:
+        more = len(calibration.skipped) - _NAMED_FILES
+        named = [*calibration.skipped[:_NAMED_FILES], *([f"and {more} more"] if more > 0 else [])]
+        console.warn("\n".join([f"{len(calibration.skipped)} unreadable files skipped:", *named]))
+
+
+def _require_free(out: Path, *, resume: bool) -> None:
+    from metaaug_cli.artifacts import RunDirectory
+
+    RunDirectory(out).require_free(resume=resume)
 
 
 def _run_directory(out: Path | None, name: str, recipe: Recipe, *, resume: bool) -> Path:
@@ -281,51 +317,6 @@ def _run_directory(out: Path | None, name: str, recipe: Recipe, *, resume: bool)
 
 def _without_resume(arguments: list[str]) -> list[str]:
     return [a for a in arguments if a != "--resume"]
-
-
-def _show_plan(
-    console: Console, loaded: LoadedModel, calibration: CalibrationSet, recipe: Recipe, device: str
-) -> None:
-    from dataclasses import asdict
-
-    from metaaug_cli.cli.console import format_seconds
-    from metaaug_cli.pipeline import pick_device
-    from metaaug_cli.planning import plan_run
-    from metaaug_cli.prepare import prepare_chain, schedule_of
-
-    chain = prepare_chain(loaded.module, tuple(calibration.images.shape[1:]), recipe)
-    rows = plan_run(chain, schedule_of(recipe), images=len(calibration.images), device=pick_device(device))
-    console.table(
-        f"Plan: {recipe.reconstruction.method}, {recipe.quantization.placement} placement, "
-        f"{len(calibration.images)} images",
-        ["block", "layers", "params", "W", "A", "MMAC", "cache MiB", "time"],
-        [
-            (
-                r.block,
-                r.layers,
-                f"{r.parameters:,}",
-                _bits(r.weight_bits),
-                _bits(r.act_bits),
-                f"{r.macs / 1e6:.1f}",
-                f"{r.cache_bytes / 2**20:.1f}",
-                "-" if r.seconds is None else format_seconds(r.seconds),
-            )
-            for r in rows
-        ],
-    )
-    total = sum(r.seconds or 0 for r in rows)
-    peak = max(r.cache_bytes for r in rows) / 2**20
-    console.result(
-        f"{len(rows)} blocks, {sum(r.parameters for r in rows):,} parameters, "
-        f"largest cache {peak:.0f} MiB, about {format_seconds(total)} of learning"
-    )
-    console.data(
-        {"blocks": [asdict(r) for r in rows], "seconds": total, "recipe": recipe.model_dump(mode="json")}
-    )
-
-
-def _bits(values: tuple[int, ...]) -> str:
-    return "/".join(map(str, values)) or "-"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from metaaug_cli.cli.console import (
     reserve_stdout,
     resume_hint,
 )
-from metaaug_cli.errors import InputError
+from metaaug_cli.errors import UsageError
 
 LONG_PATH = "/a/very/long/path/" + "x" * 90 + "/file.onnx"
 
@@ -190,8 +190,8 @@ def test_ctrl_c_says_how_to_go_on():
 
 
 def test_a_report_for_a_folder_that_is_missing(tmp_path):
-    with pytest.raises(InputError, match=r"cannot write .*no/report\.json"):
-        Console(json=str(tmp_path / "no" / "report.json")).data({})
+    with pytest.raises(UsageError, match="there is no folder"):
+        Console(json=str(tmp_path / "no" / "report.json"))
 
 
 def in_terminal(code, **environment):

@@ -95,6 +95,52 @@ def test_reduce_range_leaves_no_layer_that_saturates(run, capsys):
     assert "x64quantprecision" not in shown
 
 
+@pytest.mark.parametrize(
+    ("release", "pack", "least"), [("1.22", "int8", "1.20"), ("1.23.2", "packed", "1.23")]
+)
+def test_a_target_gets_the_smallest_form_it_runs_as_integers(run, capsys, release, pack, least):
+    _, data, shown = exported(run, capsys, "--target-ort", release)
+    assert (data["pack"], data["least_onnxruntime"]) == (pack, least)
+    assert data["target_onnxruntime"] == release
+    assert f"ONNX Runtime {release[:4]} runs this form as integers" in shown
+
+
+def test_a_target_newer_than_any_measured_is_a_warning(run, capsys):
+    _, data, shown = exported(run, capsys, "--target-ort", "9.9")
+    assert data["pack"] == "packed"
+    assert "newer than" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason", "hint"),
+    [
+        (["1.22", "--pack", "packed"], "cannot cast from uint4", "--pack int8 runs as integers in 1.22"),
+        (["1.31", "--pack", "native"], "no integer kernels", "--pack packed runs as integers in 1.31"),
+        (["1.19"], "nothing before ONNX Runtime 1.20", "leave --target-ort out"),
+        (["new"], "is not a version", "--target-ort 1.22"),
+    ],
+)
+def test_a_target_that_cannot_run_it_is_exit_code_2(run, capsys, tmp_path, flags, reason, hint):
+    path = tmp_path / "model.onnx"
+    assert main(["export", str(run), "-o", str(path), "--target-ort", *flags]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert reason in error
+    assert hint in error.partition("hint:")[2]
+    assert not path.exists()
+
+
+def test_bench_compares_every_form_with_float(run, capsys):
+    _, data, shown = exported(run, capsys, "--bench")
+    assert list(data["latency"]) == ["float", "int8", "packed", "native"]
+    sizes = {name: row["bytes"] for name, row in data["latency"].items()}
+    assert sizes["packed"] < sizes["int8"]
+    assert all(time > 0 for row in data["latency"].values() for time in row["milliseconds"].values())
+    (line,) = (line for line in shown.splitlines() if line.startswith("float "))
+    assert line.split()[-1] == "1.00"
+    assert "batch 8" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def test_inspect_reads_the_export_back(run, capsys):
     path, _, _ = exported(run, capsys)
     assert main(["inspect", str(path)]) == 0

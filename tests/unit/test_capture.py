@@ -7,7 +7,7 @@ import pytest
 import torch
 from networks import FAMILIES, SIZE, images, targets, trained
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from metaaug_cli.capture import capture, export_program
 from metaaug_cli.errors import GraphError
@@ -121,7 +121,9 @@ def test_whole_networks_compute_the_same(name):
     module = capture(network, SIZE)
     with torch.no_grad():
         expected = network(images(5))
-        torch.testing.assert_close(module(images(5)), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            module(images(5)), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+        )
 
 
 def test_the_graph_has_one_image_in_one_tensor_out_and_no_module_calls():
@@ -218,7 +220,9 @@ def test_several_inputs_are_refused():
         capture(TwoInputs(), SIZE)
     assert "wrap the network" in caught.value.hint
     batch = torch.export.Dim("batch")
-    program = torch.export.export(TwoInputs(), (images(2), images(2)), dynamic_shapes=({0: batch}, {0: batch}))
+    program = torch.export.export(
+        TwoInputs(), (images(2), images(2)), dynamic_shapes=({0: batch}, {0: batch})
+    )
     with pytest.raises(GraphError, match="takes 2 inputs"):
         capture(program, SIZE)
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from metaaug_cli import functional as F  # noqa: N812
+from metaaug_cli import functional as F
 
 BITS = st.integers(2, 8)
 SCALES = st.floats(1e-3, 10.0)
@@ -82,7 +82,7 @@ def test_scale_gradient_is_that_of_lsq(x, scale, bits, zero):
 
 
 def test_gradients_agree_with_finite_differences_away_from_the_rounding_steps():
-    """With the rounding frozen, x -> s * (x/s + r) clamped is smooth: its exact derivatives are the claimed ones."""
+    """With the rounding frozen, s * clamp(x/s + r) is smooth: its exact derivatives are the claimed ones."""
     x = torch.tensor([-3.1, -0.41, 0.3, 0.77, 4.0], dtype=torch.float64, requires_grad=True)
     s = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
 
@@ -130,7 +130,8 @@ def test_mask_is_drawn_with_the_asked_probability(prob):
     mask = F.drop_mask(torch.empty(101, 333), prob, torch.Generator().manual_seed(3))
     assert mask.shape == (101, 333)
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
-    assert float(mask.mean()) == pytest.approx(prob, abs=1 / 512 + 4 * math.sqrt(prob * (1 - prob) / mask.numel()))
+    deviation = math.sqrt(prob * (1 - prob) / mask.numel())
+    assert float(mask.mean()) == pytest.approx(prob, abs=1 / 512 + 4 * deviation)
 
 
 def test_mask_elements_are_independent_and_follow_the_generator():
@@ -211,7 +212,8 @@ def brute_force(row, bits, symmetric, norm):
 @pytest.mark.parametrize("norm", [2.0, 2.4])
 def test_scale_search_finds_the_brute_force_optimum(bits, symmetric, norm):
     generator = torch.Generator().manual_seed(bits)
-    rows = torch.randn(5, 200, generator=generator, dtype=torch.float64) * torch.tensor([[0.1], [1], [3], [1], [1]])
+    rows = torch.randn(5, 200, generator=generator, dtype=torch.float64)
+    rows *= torch.tensor([0.1, 1, 3, 1, 1])[:, None]
     rows[1] = rows[1].abs()
     rows[3] += 2.0
     rows[4, 0] = 40.0  # an outlier worth clipping
@@ -220,8 +222,8 @@ def test_scale_search_finds_the_brute_force_optimum(bits, symmetric, norm):
         error, expected_scale, expected_zero = brute_force(row, bits, symmetric, norm)
         assert scale == pytest.approx(expected_scale, rel=1e-9)
         assert zero == expected_zero
-        plain = np.mean(np.abs(row - (np.clip(np.round(row / scale) + zero, 0, 2**bits - 1) - zero) * scale) ** norm)
-        assert plain == pytest.approx(error, rel=1e-9)
+        quantized = (np.clip(np.round(row / scale) + zero, 0, 2**bits - 1) - zero) * scale
+        assert np.mean(np.abs(row - quantized) ** norm) == pytest.approx(error, rel=1e-9)
 
 
 def test_search_clips_the_outlier_at_low_bits():

@@ -1,6 +1,7 @@
 """Losses of block reconstruction against their formulas written as loops."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_annealing_is_off_then_linear():
     assert betas[:20] == [None] * 20
     assert betas[20] == 20.0
     assert betas[60] == pytest.approx(11.0)
-    steps = {round(b - a, 9) for a, b in zip(betas[20:], betas[21:], strict=False)}
+    steps = {round(b - a, 9) for a, b in pairwise(betas[20:])}
     assert steps == {round(-18 / 80, 9)}
     assert annealed_beta(100, 100, warmup=0.2, start=20.0, end=2.0) == pytest.approx(2.0)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from networks import SIZE, images, targets, trained
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from metaaug_cli.capture import capture
 from metaaug_cli.errors import GraphError
@@ -56,7 +56,9 @@ FOLDABLE = {
 
 @pytest.mark.parametrize("parts", FOLDABLE.values(), ids=FOLDABLE.keys())
 def test_batch_norm_folds_into_the_layer_before_it(parts):
-    module, network = normal_form(lambda m, x: m.norm(m.layer(x)).mean([2, 3]), layer=parts[0](), norm=parts[1]())
+    module, network = normal_form(
+        lambda m, x: m.norm(m.layer(x)).mean([2, 3]), layer=parts[0](), norm=parts[1]()
+    )
     assert not any("batch_norm" in name for name in targets(module))
     assert targets(module).count("conv2d") == 1
     weight, bias = folded_by_hand(network.layer, network.norm)
@@ -240,7 +242,9 @@ def test_constant_arithmetic_is_done_once():
 def test_nodes_know_the_module_that_made_them():
     inner = Body(lambda m, x: F.relu(m.layer(x)), layer=nn.Conv2d(3, 4, 1))
     module, _ = normal_form(lambda m, x: m.inner(x).mean([2, 3]), inner=inner)
-    owners = {str(n.target).split(".")[1]: n.meta["owner"] for n in module.graph.nodes if n.op == "call_function"}
+    owners = {
+        str(n.target).split(".")[1]: n.meta["owner"] for n in module.graph.nodes if n.op == "call_function"
+    }
     assert owners["conv2d"] == "inner.layer"
     assert owners["relu"] == "inner"
     assert owners["mean"] == ""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from networks import SIZE, family, labels, placed, trained
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from metaaug_cli.capture import capture
 from metaaug_cli.errors import GraphError
@@ -59,7 +59,9 @@ RESIDUAL_INTEGER = RESIDUAL_ACADEMIC | {
 }
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("academic", RESIDUAL_ACADEMIC), ("integer", RESIDUAL_INTEGER)])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("academic", RESIDUAL_ACADEMIC), ("integer", RESIDUAL_INTEGER)]
+)
 def test_residual_network(kind, expected):
     placement = placed(family("residual"), kind, bits=W4A3)
     assert weight_bits(placement) == RESIDUAL_WEIGHTS
@@ -136,7 +138,8 @@ class TwoPools(nn.Module):
 
 def test_the_least_bits_win_where_readers_differ():
     placement = placed(capture(trained(TwoPools()), SIZE), "academic", bits=W4A3)
-    assert weight_bits(placement) == {"stem": 8, "body": 8, "head": 8}  # both reach the output without a layer
+    # Body and head both reach the output without another layer in between.
+    assert weight_bits(placement) == {"stem": 8, "body": 8, "head": 8}
     assert act_bits(placement) == {"relu": 7}
     assert grids(placement)["relu"].anchor is grids(placement)["relu"].root
 
@@ -157,7 +160,15 @@ def test_relu_is_fused_into_its_producer_and_a_shared_one_is_not():
             return self.head((F.relu(y) + self.b(y)).mean([2, 3]))
 
     roots = act_bits(placed(capture(trained(Shared()), SIZE), "integer", bits=W4A3))
-    assert roots == {"placeholder": 7, "conv2d": 3, "relu": 6, "conv2d_1": 6, "add": 6, "mean": 7, "linear": 6}
+    assert roots == {
+        "placeholder": 7,
+        "conv2d": 3,
+        "relu": 6,
+        "conv2d_1": 6,
+        "add": 6,
+        "mean": 7,
+        "linear": 6,
+    }
 
 
 def test_first_and_last_bits_and_same():
@@ -175,7 +186,8 @@ def test_stem_output_bits_touch_the_first_layers_output_alone():
     bits = Bits(weight=4, act=3, first_last_act=7, other_act=6, stem_output=5)
     for kind, table in (("academic", RESIDUAL_ACADEMIC), ("integer", RESIDUAL_INTEGER)):
         assert act_bits(placed(family("residual"), kind, bits=bits)) == table | {"relu": 5}
-    assert act_bits(placed(family("vgg"), "academic", bits=bits)) == {"relu": 5, "relu_1": 3, "relu_2": 3, "relu_3": 7}
+    vgg = act_bits(placed(family("vgg"), "academic", bits=bits))
+    assert vgg == {"relu": 5, "relu_1": 3, "relu_2": 3, "relu_3": 7}
 
 
 def test_affine_batch_norms_have_eight_bits_and_are_neither_first_nor_last():
@@ -193,7 +205,8 @@ def test_affine_batch_norms_have_eight_bits_and_are_neither_first_nor_last():
 
 
 @pytest.mark.parametrize(
-    ("asked", "bits", "expected"), [(None, 4, False), (None, 8, True), (True, 4, True), (False, 4, False), (False, 8, True)]
+    ("asked", "bits", "expected"),
+    [(None, 4, False), (None, 8, True), (True, 4, True), (False, 4, False), (False, 8, True)],
 )
 def test_weight_symmetry(asked, bits, expected):
     placement = placed(family("vgg"), bits=Bits(weight=bits, act=4), weight_symmetric=asked)
@@ -218,7 +231,8 @@ def test_names_are_unique_and_a_layer_used_twice_is_numbered():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.input = nn.Conv2d(3, 3, 3, padding=1)  # the network's input has a grid called "input" as well
+            # The network's input has a grid called "input" as well.
+            self.input = nn.Conv2d(3, 3, 3, padding=1)
             self.head = nn.Linear(3, 2)
 
         def forward(self, x):

@@ -14,7 +14,8 @@ SHAPES = [(5, 3, 3, 3), (6, 1, 3, 3), (4, 7)]
 
 def random_weight(shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator) * torch.rand(shape[0], *[1] * (len(shape) - 1), generator=generator)
+    channels = torch.rand(shape[0], *[1] * (len(shape) - 1), generator=generator)
+    return torch.randn(shape, generator=generator) * channels
 
 
 def genie(weight, initial_scale, scale, zero_point, logits, bits, *, soft):

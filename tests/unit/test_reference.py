@@ -9,6 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from metaaug_cli import reference_ops
 from metaaug_cli.codes import RuntimeCodes
+from metaaug_cli.integer_ops import HANDLERS, Codes
+from metaaug_cli.ort import open_session
 from metaaug_cli.packing import pack
 from metaaug_cli.reference import IntegerExecutor
 
@@ -148,3 +150,65 @@ def test_average_pool_may_count_its_padding():
     )
     got = reference_ops._float_average_pool(x.numpy(), reference_ops.attributes(node))
     np.testing.assert_allclose(got, F.avg_pool2d(x, 3, 1, 1).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def binary_model(op, grids, shapes):
+    """Codes a and b through one quantized operator to codes y, with (scale, zero point) of a, b and y."""
+    constants = {}
+    for name, (scale, zero_point) in zip("aby", grids, strict=True):
+        constants |= {f"s{name}": np.float32(scale), f"z{name}": np.uint8(zero_point)}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["a", "sa", "za"], ["af"]),
+        helper.make_node("DequantizeLinear", ["b", "sb", "zb"], ["bf"]),
+        helper.make_node(op, ["af", "bf"], ["yf"]),
+        helper.make_node("QuantizeLinear", ["yf", "sy", "zy"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "binary",
+        [helper.make_tensor_value_info(n, TensorProto.UINT8, s) for n, s in zip("ab", shapes, strict=True)],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, [None] * 4)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return open_session(model.SerializeToString(), threads=1)
+
+
+@pytest.mark.parametrize("op", ["Add", "Mul"])
+@pytest.mark.parametrize("shape", ["equal", "second", "first"])
+def test_borders_between_codes_go_the_same_way(op, shape):
+    """Scales that are powers of two, or equal, put many results exactly between two codes."""
+    generator = np.random.default_rng(0)
+    codes = np.arange(256, dtype=np.uint8)
+    a = np.broadcast_to(codes, (1, 256, 1, 256)).reshape(1, 256, 1, 256)
+    b = codes.reshape(1, 256, 1, 1)
+    b = np.broadcast_to(b, a.shape) if shape == "equal" else b
+    pair = (b, a) if shape == "first" else (a, b)
+    pair = tuple(np.ascontiguousarray(part) for part in pair)
+    for trial in range(12):
+        scales = np.exp2(generator.integers(-8, -2, 2)) if trial % 2 else generator.uniform(0.01, 0.2, 2)
+        out = 2.0 * scales.max() if op == "Add" else scales.prod() * 128
+        zeros = generator.choice([0, 8, 122, 128], 3)
+        grids = list(zip([*scales, out], zeros, strict=True))
+        wanted = binary_model(op, grids, [part.shape for part in pair]).run(
+            None, dict(zip("ab", pair, strict=True))
+        )
+        (scale_y, zero_y) = np.float32(out), int(zeros[2])
+
+        operands = [
+            reference_ops.Quantized(part, np.asarray(np.float32(s)), np.asarray(int(z)), 0)
+            for part, (s, z) in zip(pair, grids[:2], strict=True)
+        ]
+        handler = {"Add": reference_ops.add, "Mul": reference_ops.multiply}[op]
+        got = handler(None, operands).to_codes(scale_y, zero_y).clip(0, 255)
+        assert np.array_equal(got, wanted[0]), (trial, grids)
+
+        tensors = [
+            Codes(torch.from_numpy(part).float(), torch.tensor(np.float32(s)), int(z))
+            for part, (s, z) in zip(pair, grids[:2], strict=True)
+        ]
+        simulated = HANDLERS[{"Add": torch.ops.aten.add.Tensor, "Mul": torch.ops.aten.mul.Tensor}[op]](
+            *tensors
+        )
+        _, rounded = simulated.requantize(torch.tensor(scale_y), zero_y)
+        assert np.array_equal(rounded.clamp(0, 255).numpy(), wanted[0]), (trial, grids)

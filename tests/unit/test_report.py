@@ -13,6 +13,7 @@ from metaaug_cli.errors import InputError
 from metaaug_cli.evaluation import Predictions, score
 from metaaug_cli.files import write_atomically
 from metaaug_cli.gates import accuracy_gates
+from metaaug_cli.openvino_check import OpenVinoLayers, OpenVinoReport
 from metaaug_cli.parity import Comparison, LayerParity, Parity, Worst
 from metaaug_cli.report import (
     DataSummary,
@@ -61,6 +62,7 @@ def report(tmp_path):
         gates=tuple(gates),
         passed=False,
         versions={"python": "3.11"},
+        openvino=OpenVinoReport(OpenVinoLayers("2026.4.1", 20, 21, ("fc",)), 0.95, 0.2),
     )
 
 

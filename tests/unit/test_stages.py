@@ -1,10 +1,12 @@
 """Where networks are cut: residual blocks whole, chains layer by layer, wide segments split."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from networks import FAMILIES, SIZE, family, trained
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from metaaug_cli.capture import capture
 from metaaug_cli.ops import Role, is_activation, role
@@ -91,7 +93,7 @@ def test_stages_are_a_chain_that_holds_every_operator_once(name, options):
     stages = cut_stages(graph, **options)
     order = [n for n in graph.nodes if n.op == "call_function" and is_activation(n)]
     assert [n for s in stages for n in s.nodes] == order
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in pairwise(stages):
         assert before.outputs == after.inputs
     assert [n.op for n in stages[0].inputs] == ["placeholder"]
     assert stages[-1].outputs == tuple(next(n for n in graph.nodes if n.op == "output").all_input_nodes)
@@ -140,7 +142,9 @@ class Branches(nn.Module):
 
     def forward(self, x):
         x = F.relu(self.stem(x))
-        return self.head(torch.cat([self.a(x), self.b2(self.b1(x)), F.max_pool2d(x, 3, 1, 1)], 1).mean([2, 3]))
+        return self.head(
+            torch.cat([self.a(x), self.b2(self.b1(x)), F.max_pool2d(x, 3, 1, 1)], 1).mean([2, 3])
+        )
 
 
 def test_parallel_branches_are_one_block():

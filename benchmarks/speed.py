@@ -1,0 +1,129 @@
+"""Training steps per second of each block, and what the allocator setting is worth, on this machine.
+
+``python benchmarks/speed.py`` on an otherwise idle machine rewrites benchmarks/results/speed.jsonl and
+allocator.jsonl. Ratios are measured side by side in one run.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from common import RESULTS, SHARED, machine
+
+from metaaug_cli.blocks import Block, search_activation_scales
+from metaaug_cli.config import Recipe
+from metaaug_cli.memory import keep_freed_memory
+from metaaug_cli.models import load_model
+from metaaug_cli.prepare import prepare_chain, schedule_of
+from metaaug_cli.reconstruct import Schedule, training_step_runs
+
+_ROUNDS = 7
+_BATCH = 32
+_SUBJECTS = {
+    "resnet20": ("cifar_resnet.py:resnet20", 32, ("stage1.0", "stage2.0", "stage3.2")),
+    "mobilenet_v1_075": ("mobilenet_v1.py:mobilenet_v1_075", 224, ("blocks.0", "blocks.3", "blocks.9")),
+}
+
+
+def blocks_of(name: str) -> list[Block]:
+    """The named blocks of one network at W4A4, integer placement."""
+    spec, size, chosen = _SUBJECTS[name]
+    half = (0.5, 0.5, 0.5)
+    model = load_model(f"{SHARED}/models/{spec}", weights="random", size=size, mean=half, std=half)
+    chain = prepare_chain(model.module, (3, size, size), Recipe())
+    return [b for b in chain.blocks if b.name in chosen]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Median of several rounds after one warm-up."""
+    run()
+    measured = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        run()
+        measured.append(time.perf_counter() - started)
+    return median(measured)
+
+
+def inputs_of(block: Block) -> tuple[torch.Tensor, ...]:
+    """Random inputs of one batch."""
+    shapes = [[int(s) for s in v.meta["val"].shape[1:]] for v in block.stage.inputs]
+    return tuple(torch.rand(_BATCH, *shape) for shape in shapes)
+
+
+def measure(name: str, schedule: Schedule) -> list[dict[str, object]]:
+    """One line per block: steps per second, and a step against the float block's forward pass."""
+    lines: list[dict[str, object]] = []
+    for block in blocks_of(name):
+        inputs = inputs_of(block)
+        search_activation_scales(block, inputs)
+        step = seconds(lambda b=block, x=inputs: training_step_runs(b, x, schedule))
+        with torch.no_grad():
+            forward = seconds(lambda b=block, x=inputs: b.float_block(*x))
+        lines.append(
+            {
+                "model": name,
+                "block": block.name,
+                "steps_per_second": 1 / step,
+                "against_float": step / forward,
+                "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                "machine": machine(),
+            }
+        )
+    return lines
+
+
+def one_step_seconds(block_name: str) -> float:
+    """Seconds of one step of a MobileNet block in this process."""
+    block = next(b for b in blocks_of("mobilenet_v1_075") if b.name == block_name)
+    inputs = inputs_of(block)
+    search_activation_scales(block, inputs)
+    schedule = schedule_of(Recipe())
+    return seconds(lambda: training_step_runs(block, inputs, schedule))
+
+
+def allocator(block_name: str) -> dict[str, object]:
+    """The same step in two fresh processes, with the system's allocator settings and with ours."""
+    found = {}
+    for setting in ("default", "kept"):
+        command = [sys.executable, __file__, setting, block_name]
+        found[setting] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {
+        "block": f"mobilenet_v1_075 {block_name}",
+        "seconds_default": found["default"],
+        "seconds_kept": found["kept"],
+        "ratio": found["default"] / found["kept"],
+        "machine": machine(),
+    }
+
+
+def _write(name: str, lines: list[dict[str, object]]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
+
+
+def main() -> None:
+    """Measure everything, or one step for ``allocator``."""
+    if len(sys.argv) == 3:
+        if sys.argv[1] == "kept":
+            keep_freed_memory()
+        print(one_step_seconds(sys.argv[2]))
+        return
+    allocated = [allocator(name) for name in ("blocks.0", "blocks.3")]
+    keep_freed_memory()  # as the command does
+    lines = [line for name in _SUBJECTS for line in measure(name, schedule_of(Recipe()))]
+    _write("speed", lines)
+    _write("allocator", allocated)
+
+
+if __name__ == "__main__":
+    main()

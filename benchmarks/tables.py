@@ -1,0 +1,257 @@
+"""Write the measured tables of docs/benchmarks.md and README.md from benchmarks/results/*.jsonl.
+
+``python benchmarks/tables.py`` replaces the text between ``<!-- table: NAME -->`` and ``<!-- end -->`` in
+both files and draws docs/images/accuracy.svg. No number in those tables is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+FILES = [ROOT / "docs/benchmarks.md", ROOT / "README.md"]
+PICTURE = ROOT / "docs/images/accuracy.svg"
+
+Record = dict[str, Any]
+
+# Genie's published code on the same network: 10 000 test images, one seed, second layer's input at 8 bits.
+AUTHORS = {"w4a4": 87.65, "w2a4": 83.21, "w2a2": 73.08}
+
+
+def records(name: str) -> list[Record]:
+    """Every line of one results file, none where it is missing."""
+    path = RESULTS / f"{name}.jsonl"
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation over seeds where there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _accuracy(model: str, **wanted: object) -> list[Record]:
+    found = [r for r in records("accuracy") if r["model"] == model and "augment" not in r]
+    return [r for r in found if all(r[k] == v for k, v in wanted.items())]
+
+
+def _row(group: list[Record], label: Sequence[str]) -> list[str]:
+    float_top1 = group[0]["float"]
+    return [
+        *label,
+        spread([r["onnxruntime"] for r in group]),
+        spread([r["onnxruntime"] - float_top1 for r in group]),
+        spread([r["agreement_float"] for r in group]),
+        f"{min(r['agreement_simulated'] for r in group):.2f}",
+        f"{group[0]['integer_nodes']} of {group[0]['nodes']}",
+        str(len(group)),
+    ]
+
+
+_COLUMNS = ["top-1", "against float", "agreement", "ORT = simulated", "integer nodes", "seeds"]
+
+
+def resnet20_w8a8() -> str:
+    """W8A8 nearest, both placements."""
+    groups = [(p, _accuracy("resnet20", bits="w8a8", placement=p)) for p in ("integer", "academic")]
+    return markdown(["placement", *_COLUMNS], [_row(g, [p]) for p, g in groups if g])
+
+
+def resnet20_short() -> str:
+    """256 images, 300 iterations."""
+    rows = []
+    for bits in ("w4a4", "w2a4", "w2a2"):
+        for placement in ("academic", "integer"):
+            group = _accuracy("resnet20", bits=bits, placement=placement, num=256, iterations=300)
+            if group:
+                authors = f"{AUTHORS[bits]:.2f}" if placement == "academic" else ""
+                rows.append([*_row(group, [bits.upper(), placement]), authors])
+    return markdown(["bits", "placement", *_COLUMNS, "authors' code"], rows)
+
+
+def resnet20_long() -> str:
+    """1 024 images, 2 000 iterations."""
+    rows = []
+    for bits in ("w4a4", "w2a4", "w2a2"):
+        for placement in ("academic", "integer"):
+            group = _accuracy("resnet20", bits=bits, placement=placement, num=1024, iterations=2000)
+            if group:
+                rows.append(_row(group, [bits.upper(), placement]))
+    return markdown(["bits", "placement", *_COLUMNS], rows)
+
+
+def resnet20_few() -> str:
+    """32 images with and without copies, paired by seed."""
+    groups: dict[str, dict[int, float]] = defaultdict(dict)
+    for r in records("accuracy"):
+        if r["model"] == "resnet20" and "augment" in r:
+            groups[r["augment"]][r["seed"]] = r["onnxruntime"]
+    rows = [[kind, spread(list(found.values())), str(len(found))] for kind, found in groups.items()]
+    plain = groups.get("none", {})
+    for kind, found in groups.items():
+        shared = sorted(set(plain) & set(found))
+        if kind != "none" and shared:
+            gains = [found[s] - plain[s] for s in shared]
+            rows.append([f"{kind} minus none, same images", spread(gains), str(len(shared))])
+    return markdown(["copies", "top-1", "seeds"], rows)
+
+
+def mobilenet() -> str:
+    """MobileNet-V1: W8A8 and W4A4."""
+    rows = []
+    for bits, method in (("w8a8", "nearest"), ("w4a4", "nearest"), ("w4a4", "genie")):
+        group = _accuracy("mobilenet_v1_075", bits=bits, method=method)
+        if group:
+            rows.append(_row(group, [bits.upper(), method]))
+    return markdown(["bits", "method", *_COLUMNS], rows)
+
+
+def architectures() -> str:
+    """The 16 torchvision networks, newest record of each."""
+    newest = {r["model"]: r for r in records("architectures")}
+    rows = []
+    for name, r in newest.items():
+        if not r["ok"]:
+            rows.append([name, "failed", r["error"], "", "", ""])
+            continue
+        left = ", ".join(f"{count} {kind}" for kind, count in r["floating"].items()) or "none"
+        rows.append(
+            [
+                name,
+                str(r["blocks"]),
+                f"{r['integer_nodes']} of {r['nodes']}",
+                left,
+                f"{100 * r['agreement']:.0f} %",
+                f"{r['float_mb']} → {r['file_mb']} MB",
+            ]
+        )
+    return markdown(["network", "blocks", "integer nodes", "left in float", "ORT = simulated", "size"], rows)
+
+
+def kills() -> str:
+    """Killed and resumed runs."""
+    rows = [
+        [
+            f"{r['after_seconds']} s of {r['of_seconds']} s",
+            str(r["blocks_kept"]),
+            "yes" if r["identical"] else "NO",
+        ]
+        for r in records("kill_and_resume")
+    ]
+    return markdown(["killed after", "blocks kept", "identical after --resume"], rows)
+
+
+def speed() -> str:
+    """Seconds per block and steps per second."""
+    rows = [
+        [
+            r["model"],
+            r["block"],
+            f"{r['steps_per_second']:.1f}",
+            f"{r['against_float']:.1f}",
+            f"{r['peak_memory_mib']}",
+        ]
+        for r in records("speed")
+    ]
+    return markdown(["network", "block", "steps/s", "step / float forward", "peak MiB"], rows)
+
+
+def memory() -> str:
+    """The allocator setting, side by side."""
+    rows = [
+        [r["block"], f"{r['seconds_default']:.2f}", f"{r['seconds_kept']:.2f}", f"{r['ratio']:.2f}"]
+        for r in records("allocator")
+    ]
+    return markdown(["block", "default, s/step", "kept, s/step", "ratio"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "resnet20-w8a8": resnet20_w8a8,
+    "resnet20-short": resnet20_short,
+    "resnet20-long": resnet20_long,
+    "resnet20-few": resnet20_few,
+    "mobilenet": mobilenet,
+    "architectures": architectures,
+    "kills": kills,
+    "speed": speed,
+    "memory": memory,
+}
+
+
+def fill(text: str) -> str:
+    """Replace every marked table."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- table: {match.group(1)} -->\n{TABLES[match.group(1)]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def picture() -> str:
+    """Top-1 of ResNet-20 per bit-width as an SVG bar chart: float, integer placement, published code."""
+    rows = [
+        (b.upper(), _accuracy("resnet20", bits=b, placement="integer", num=256))
+        for b in ("w8a8", "w4a4", "w2a4", "w2a2")
+    ]
+    bars = [(label, mean(r["onnxruntime"] for r in group)) for label, group in rows if group]
+    float_top1 = records("accuracy")[0]["float"]
+    low, height, width = 60.0, 220, 90
+
+    def y(value: float) -> float:
+        return 30 + height * (1 - (value - low) / (95 - low))
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {70 + width * len(bars) + 20} {height + 85}" '
+        'font-family="sans-serif" font-size="13" role="img" aria-label="Top-1 accuracy by bit-width">',
+        '<rect width="100%" height="100%" fill="#ffffff"/>',
+        '<text x="12" y="18" fill="#24292f">ResNet-20, CIFAR-10 test: top-1 in ONNX Runtime, %</text>',
+    ]
+    right = 70 + width * len(bars)
+
+    def label(x: float, at: float, text: object, anchor: str = "middle") -> str:
+        return f'<text x="{x}" y="{at:.1f}" text-anchor="{anchor}" fill="#24292f">{text}</text>'
+
+    for tick in range(60, 96, 10):
+        level = f'y1="{y(tick):.1f}" y2="{y(tick):.1f}"'
+        parts.append(f'<line x1="50" x2="{right}" {level} stroke="#d0d7de"/>')
+        parts.append(label(44, y(tick) + 4, tick, "end"))
+    for number, (bits, value) in enumerate(bars):
+        x, top = 65 + width * number, y(value)
+        parts.append(f'<rect x="{x}" y="{top:.1f}" width="60" height="{y(low) - top:.1f}" fill="#0969da"/>')
+        parts.append(label(x + 30, top - 5, f"{value:.1f}"))
+        parts.append(label(x + 30, y(low) + 18, bits))
+    parts.append(
+        f'<line x1="50" x2="{70 + width * len(bars)}" y1="{y(float_top1):.1f}" y2="{y(float_top1):.1f}" '
+        'stroke="#cf222e" stroke-dasharray="5 4"/>'
+    )
+    parts.append(f'<text x="12" y="{height + 72}" fill="#cf222e">dashed: float {float_top1:.2f}</text></svg>')
+    return "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Rewrite the files and the picture."""
+    for file in FILES:
+        text = file.read_text(encoding="utf-8")
+        file.write_text(fill(text), encoding="utf-8")
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    PICTURE.write_text(picture(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

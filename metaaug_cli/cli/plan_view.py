@@ -1,0 +1,56 @@
+"""What ``metaaug quantize --plan`` shows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from metaaug_cli.cli.console import Console, format_seconds
+
+if TYPE_CHECKING:
+    from metaaug_cli.config import Recipe
+    from metaaug_cli.data import CalibrationSet
+    from metaaug_cli.models import LoadedModel
+
+
+def show_plan(
+    console: Console, loaded: LoadedModel, calibration: CalibrationSet, recipe: Recipe, device: str
+) -> None:
+    """Print the blocks of a run, their bits, memory and time, and give them as data."""
+    from metaaug_cli.pipeline import pick_device
+    from metaaug_cli.planning import plan_run
+    from metaaug_cli.prepare import prepare_chain, schedule_of
+
+    chain = prepare_chain(loaded.module, tuple(calibration.images.shape[1:]), recipe)
+    rows = plan_run(chain, schedule_of(recipe), images=len(calibration.images), device=pick_device(device))
+    console.table(
+        f"Plan: {recipe.reconstruction.method}, {recipe.quantization.placement} placement, "
+        f"{len(calibration.images)} images",
+        ["block", "layers", "params", "W", "A", "MMAC", "cache MiB", "time"],
+        [
+            (
+                r.block,
+                r.layers,
+                f"{r.parameters:,}",
+                _bits(r.weight_bits),
+                _bits(r.act_bits),
+                f"{r.macs / 1e6:.1f}",
+                f"{r.cache_bytes / 2**20:.1f}",
+                "-" if r.seconds is None else format_seconds(r.seconds),
+            )
+            for r in rows
+        ],
+    )
+    total = sum(r.seconds or 0 for r in rows)
+    peak = max(r.cache_bytes for r in rows) / 2**20
+    console.result(
+        f"{len(rows)} blocks, {sum(r.parameters for r in rows):,} parameters, "
+        f"largest cache {peak:.0f} MiB, about {format_seconds(total)} of learning"
+    )
+    console.data(
+        {"blocks": [asdict(r) for r in rows], "seconds": total, "recipe": recipe.model_dump(mode="json")}
+    )
+
+
+def _bits(values: tuple[int, ...]) -> str:
+    return "/".join(map(str, values)) or "-"

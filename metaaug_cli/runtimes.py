@@ -1,0 +1,145 @@
+"""What each ONNX Runtime release can do with codes under 8 bits, as measured by ``make matrix``.
+
+One table of facts; ``tests/unit/test_runtimes.py`` holds it against the measurements in
+``benchmarks/results/runtime-matrix.json``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx
+from onnx import TensorProto
+
+from metaaug_cli.errors import UsageError
+
+Release = tuple[int, int]
+OLDEST, NEWEST = (1, 20), (1, 31)
+"""First and last release that was measured."""
+
+_TYPES = {
+    TensorProto.INT4: 4,
+    TensorProto.UINT4: 4,
+    TensorProto.INT2: 2,
+    TensorProto.UINT2: 2,
+}
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a way of storing codes needs.
+
+    Args:
+        name: For people.
+        exact: First release that loads it and computes what the file says.
+        integer: First release whose integer kernels run it; None where none does.
+        before: What releases before ``exact`` do with it.
+    """
+
+    name: str
+    exact: Release
+    integer: Release | None
+    before: str = ""
+
+
+SUPPORT = {
+    "8 bits": Support("8-bit codes", (1, 20), (1, 20)),
+    "packed 4 bits": Support(
+        "packed 4-bit weights", (1, 23), (1, 23), "refuse the file: they cannot cast from uint4"
+    ),
+    "packed 2 bits": Support(
+        "packed 2-bit weights", (1, 24), (1, 25), "refuse the file: they do not know the types"
+    ),
+    "native 4 bits": Support(
+        "4-bit ONNX types", (1, 23), None, "load the file without complaint and compute wrong logits"
+    ),
+    "native 2 bits": Support(
+        "2-bit ONNX types", (1, 24), None, "refuse the file: they do not know the types"
+    ),
+}
+
+
+def storage_of(model: onnx.ModelProto) -> list[str]:
+    """The ways a file stores codes, as keys of ``SUPPORT``."""
+    types = {i.name: i.data_type for i in model.graph.initializer}
+    unpacked = {node.input[0] for node in model.graph.node if node.op_type == "Cast"}
+    found = {
+        f"{'packed' if name in unpacked else 'native'} {_TYPES[kind]} bits"
+        for name, kind in types.items()
+        if kind in _TYPES
+    }
+    return [key for key in SUPPORT if key in found] or ["8 bits"]
+
+
+def least_release(model: onnx.ModelProto) -> str:
+    """Oldest release that runs a file as well as any: exactly, and as integers where some release can.
+
+    None before 1.20 was tried.
+    """
+    return format_release(max(s.integer or s.exact for s in (SUPPORT[key] for key in storage_of(model))))
+
+
+def choose_pack(weight_bits: Collection[int], release: Release) -> Literal["int8", "packed"]:
+    """The smallest form that a release runs as integers.
+
+    Args:
+        weight_bits: Bits of the network's weights.
+        release: The release it has to run on.
+    """
+    keys = {f"packed {2 if bits <= 2 else 4} bits" for bits in weight_bits if bits <= 4}
+    return "packed" if keys and all(_runs(SUPPORT[key], release) for key in keys) else "int8"
+
+
+def require_integer(model: onnx.ModelProto, release: Release) -> None:
+    """Refuse a file that a release does not run on integer kernels.
+
+    Raises:
+        UsageError: It would not load there, compute something else, or run in float.
+    """
+    stored = storage_of(model)
+    target = format_release(release)
+    other = f"--pack {choose_pack([int(key.split()[-2]) for key in stored], release)}"
+    hint = f"{other} runs as integers in {target}"
+    for support in (SUPPORT[key] for key in stored if release < SUPPORT[key].exact):
+        raise UsageError(
+            f"--target-ort {target}: {support.name} need ONNX Runtime {format_release(support.exact)}; "
+            f"older releases {support.before}",
+            hint=hint,
+        )
+    for support in (SUPPORT[key] for key in stored if not _runs(SUPPORT[key], release)):
+        reason = (
+            f"ONNX Runtime has no integer kernels for {support.name}; the file would run in float"
+            if support.integer is None
+            else f"{support.name} fully run as integers from {format_release(support.integer)} on"
+        )
+        raise UsageError(f"--target-ort {target}: {reason}", hint=hint)
+
+
+def _runs(support: Support, release: Release) -> bool:
+    return support.integer is not None and release >= support.integer
+
+
+def parse_release(text: str) -> Release:
+    """Read ``1.22`` or ``1.22.1``.
+
+    Raises:
+        UsageError: It is no version, or one older than any that was measured.
+    """
+    match = re.fullmatch(r"(\d+)\.(\d+)(\.\d+)?", text.strip())
+    if match is None:
+        raise UsageError(f"--target-ort {text} is not a version", hint="write it like --target-ort 1.22")
+    release = (int(match[1]), int(match[2]))
+    if release < OLDEST:
+        raise UsageError(
+            f"--target-ort {text}: nothing before ONNX Runtime {format_release(OLDEST)} was measured",
+            hint="leave --target-ort out and test the file on that release yourself",
+        )
+    return release
+
+
+def format_release(release: Release) -> str:
+    """``1.22`` for (1, 22)."""
+    return f"{release[0]}.{release[1]}"

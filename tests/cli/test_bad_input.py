@@ -1,0 +1,196 @@
+"""What a first-time user gets wrong: one clear error, the right exit code, and nothing lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metaaug_cli.cli.app import main
+
+NETWORKS = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, *, flat=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.flat, self.stem, self.body = flat, nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 5, 3)
+
+    def forward(self, x):
+        x = self.body(torch.relu(self.stem(x))).mean((2, 3), keepdim=True)
+        return x.flatten(1) if self.flat else x
+
+
+def net():
+    return Net()
+
+
+def unflattened():
+    return Net(flat=False)
+
+
+def diverged():
+    network = Net()
+    network.body.bias.data[2] = float("nan")
+    return network
+"""
+SIZES = ["--size", "12", "--mean", ".5,.5,.5", "--std", ".5,.5,.5"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "nets.py").write_text(NETWORKS)
+    (folder / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(6):
+        pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+    return folder
+
+
+def quantize(root, *flags, factory="net", sizes=SIZES, weights="random"):
+    arguments = ["quantize", f"{root / 'nets.py'}:{factory}", "--weights", str(weights), *sizes]
+    return main([*arguments, "--calib", str(root / "images"), "--method", "nearest", *map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def finished(root):
+    assert quantize(root, "--out", root / "finished", "-q", "--wbits", 3) == 0
+    return root / "finished"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def refused(capsys, code, *texts):
+    """The captured error names every text and shows no traceback."""
+    err = " ".join(capsys.readouterr().err.split())
+    assert "error: " in err
+    assert "unexpected" not in err, err
+    for text in texts:
+        assert text in err, err
+    return code
+
+
+def test_a_flag_out_of_range_is_named_as_it_was_typed(root, capsys):
+    assert quantize(root, "--wbits", 9, "--batch", 0) == 2
+    refused(capsys, 2, "--wbits: must be less than or equal to 8, not 9", "--batch: must be")
+
+
+def test_an_output_that_is_no_row_of_logits_is_refused(root, capsys, tmp_path):
+    assert quantize(root, "--out", tmp_path / "run", factory="unflattened") == 3
+    refused(capsys, 3, "gives (5, 1, 1) for an image, not a row of logits", "flatten(1)")
+
+
+def test_weights_that_are_not_finite_are_refused_before_any_work(root, capsys, tmp_path):
+    assert quantize(root, "--out", tmp_path / "run", factory="diverged") == 2
+    refused(capsys, 2, "hold NaN or infinite values: body.bias")
+    assert not (tmp_path / "run").exists()
+
+
+def test_grey_preprocessing_for_a_colour_network(root, capsys, tmp_path):
+    sizes = ["--size", "12", "--mean", ".5", "--std", ".5"]
+    assert quantize(root, "--out", tmp_path / "run", sizes=sizes) == 3
+    refused(capsys, 3, "takes images of 3 channels, the preprocessing gives 1", "--mean and --std")
+
+
+def test_an_image_too_large_for_the_memory(root, capsys, tmp_path):
+    assert quantize(root, "--size", 1_000_000, "--out", tmp_path / "run") == 3
+    refused(capsys, 3, "out of memory", "--size")
+
+
+def test_a_folder_of_other_files_is_not_written_into(root, capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert quantize(root, "--out", tmp_path) == 2
+    refused(capsys, 2, "holds other files: notes.txt", "another --out")
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_a_file_as_run_directory(root, capsys):
+    assert quantize(root, "--out", root / "nets.py") == 2
+    refused(capsys, 2, "nets.py is a file")
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_the_run(root, capsys, tmp_path):
+    assert quantize(root, "--out", tmp_path / "run", "--json", tmp_path / "no" / "report.json") == 2
+    refused(capsys, 2, "there is no folder")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_calibration_images_are_named(root, capsys, tmp_path):
+    folder = Path(shutil.copytree(root / "images", tmp_path / "images"))
+    (folder / "broken.jpg").write_bytes(b"no image")
+    arguments = ["quantize", f"{root / 'nets.py'}:net", "--weights", "random", *SIZES, "--method", "nearest"]
+    assert main([*arguments, "--calib", str(folder), "--out", str(tmp_path / "run")]) == 0
+    assert "1 unreadable files skipped:\n  broken.jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("run.json", "[]"),
+        ("run.json", '{"schema_version": 1}'),
+        ("recipe.yaml", "{}"),
+        ("recipe.yaml", None),
+        ("float.pt2", "half"),
+        ("float.pt2", None),
+        ("blocks/001-body.json", "{}"),
+        ("blocks/001-body.json", None),
+        ("blocks/001-body.safetensors", "half"),
+        ("blocks/001-body.safetensors", None),
+    ],
+)
+def test_a_damaged_run_is_refused_and_resume_repairs_it(root, run, capsys, file, content):
+    path = run / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    assert main(["export", str(run), "-o", str(run.parent / "model.onnx")]) == 2
+    refused(capsys, 2, path.name)
+    if file != "run.json":
+        assert quantize(root, "--out", run, "-q", "--wbits", 3, "--resume") == 0
+        assert main(["export", str(run), "-o", str(run.parent / "model.onnx"), "-q"]) == 0
+
+
+def test_damaged_metrics_do_not_stand_in_the_way(run, capsys):
+    (run / "metrics.json").write_text("{")
+    assert main(["export", str(run), "-o", str(run.parent / "model.onnx")]) == 0
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_a_file_in_place_of_a_folder_in_the_output_path(run, root, capsys):
+    assert main(["export", str(run), "-o", str(root / "nets.py" / "model.onnx")]) == 2
+    refused(capsys, 2, "cannot write", "nets.py/model.onnx: Not a directory")
+
+
+def test_ctrl_c_keeps_the_blocks_and_says_how_to_go_on(root, tmp_path):
+    arguments = ["quantize", f"{root / 'nets.py'}:net", "--weights", "random", *SIZES]
+    arguments += ["--calib", str(root / "images"), "--out", str(tmp_path / "run"), "--iterations", "200000"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "metaaug_cli", *arguments], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "run.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=30)
+    assert started.returncode == 130
+    assert "error: interrupted" in err
+    assert "--resume" in err
+    assert "Traceback" not in err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"

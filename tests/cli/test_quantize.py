@@ -1,0 +1,243 @@
+"""``metaaug quantize`` on the demo's network and digits, as a user runs it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+import yaml
+
+from metaaug_cli import demo
+from metaaug_cli.artifacts import load_run, read_info
+from metaaug_cli.cli.app import main
+
+COMMAND = [sys.executable, "-m", "metaaug_cli"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A folder with the demo's network, its weights and 40 images."""
+    folder = tmp_path_factory.mktemp("digits")
+    for name in (demo.MODEL, demo.WEIGHTS):
+        shutil.copyfile(Path(demo.__file__).parent / "assets" / name, folder / name)
+    train, _ = demo.load_digits_split()
+    demo.write_image_folder(demo.Digits(train.images[:40], train.labels[:40]), folder / "calib")
+    return folder
+
+
+def command(digits, *extra, out=None):
+    """Arguments of a short run; the model's preprocessing is not in its file."""
+    arguments = ["quantize", f"{digits / demo.MODEL}:digits_cnn", "--weights", str(digits / demo.WEIGHTS)]
+    arguments += ["--calib", str(digits / "calib"), "--size", "8"]
+    arguments += ["--mean", str(demo.MEAN), "--std", str(demo.STD), "--device", "cpu"]
+    arguments += ["--wbits", "4", "--abits", "4", "--iterations", "8", "--batch", "8", *extra]
+    return [*arguments, "--out", str(out)] if out else arguments
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "NO_COLOR": "1"}
+
+
+@pytest.fixture(scope="module")
+def finished(digits):
+    """One run in a process of its own: (completed process, run directory)."""
+    out = digits / "run"
+    done = subprocess.run(
+        [*COMMAND, *command(digits, out=out)], capture_output=True, text=True, env=environment(), timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done, out
+
+
+def flat(text):
+    return " ".join(text.split())
+
+
+def test_the_run_says_what_it_did_and_what_comes_next(finished):
+    done, out = finished
+    assert "W4A4 genie, integer placement" in flat(done.stdout)
+    run = load_run(out)
+    for block in run.info["blocks"]:
+        assert block in done.stdout
+    assert "top-1 agreement with float on 40 calibration images" in flat(done.stdout)
+    shown = done.stdout + done.stderr
+    assert f"metaaug evaluate {out}" in flat(shown).replace("- ", "-") or "metaaug evaluate" in flat(shown)
+    assert "Traceback" not in shown
+    assert max(map(len, done.stdout.replace(str(out), "").splitlines())) <= 80
+
+
+def test_the_table_shows_the_measured_losses(finished):
+    done, out = finished
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert len(metrics["blocks"]) == 7
+    for name, block in metrics["blocks"].items():
+        (line,) = [text for text in done.stdout.splitlines() if text.split()[:1] == [name]]
+        assert f"{block['loss_before']:.4g}" in line
+        assert f"{block['loss_after']:.4g}" in line
+
+
+def test_the_run_directory_is_complete(finished):
+    _, out = finished
+    names = {p.name for p in out.iterdir()}
+    assert {"run.json", "recipe.yaml", "float.pt2", "blocks", "metrics.json", "log.txt"} <= names
+    info = read_info(out)
+    assert info["status"] == "complete"
+    assert info["model"] == "digits_cnn.digits_cnn"
+    assert info["command"].startswith("metaaug quantize ")
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["quantization"]["weight_bits"] == 4
+    assert recipe["reconstruction"]["iterations"] == 8
+    assert len(list((out / "blocks").iterdir())) == 2 * len(info["blocks"]) == 14
+    assert "block body.0" in (out / "log.txt").read_text()
+
+
+def test_the_quantized_network_still_reads_digits(finished):
+    _, out = finished
+    run = load_run(out)
+    _, test = demo.load_digits_split()
+    pixels = torch.from_numpy(test.images[:200]).float()[:, None] / 255
+    x, labels = (pixels - demo.MEAN) / demo.STD, torch.from_numpy(test.labels[:200])
+    with torch.no_grad():
+        accuracy = [
+            float((m(x).argmax(1) == labels).float().mean()) for m in (run.float_module, run.simulated_module)
+        ]
+    assert accuracy[0] > 0.95
+    assert accuracy[1] > accuracy[0] - 0.05
+
+
+def test_the_run_exports(finished):
+    _, out = finished
+    onnx.checker.check_model(onnx.load(load_run(out).onnx_path), full_check=True)
+
+
+def test_json_is_all_there_is_on_stdout(digits, tmp_path, capfd):
+    arguments = command(digits, "--method", "nearest", "--json", out=tmp_path / "run")
+    assert main(arguments) == 0
+    out, err = capfd.readouterr()
+    data = json.loads(out)
+    assert data["run"] == str(tmp_path / "run")
+    assert 0 <= data["calibration_agreement"] <= 1
+    assert len(data["blocks"]) == 7
+    assert err
+
+
+def test_plan_shows_every_block_and_writes_nothing(digits, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(command(digits, "--plan")) == 0
+    out, _ = capfd.readouterr()
+    assert list(tmp_path.iterdir()) == []
+    assert "7 blocks" in flat(out)
+    assert "of learning" in flat(out)
+    for name in ("stem.0", "body.0", "body.1", "head"):
+        assert any(line.split()[:1] == [name] for line in out.splitlines()), name
+
+
+def test_without_out_the_run_has_a_name_of_its_own(digits, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("digits_cnn.digits_cnn-w4a4", "digits_cnn.digits_cnn-w4a4-2"):
+        assert main(command(digits, "--method", "nearest")) == 0
+        assert (tmp_path / "runs" / expected / "metrics.json").exists()
+    assert f"run directory: {Path('runs') / 'digits_cnn.digits_cnn-w4a4-2'}" in capfd.readouterr().out
+
+
+def test_a_taken_directory_names_resume(finished, digits, capfd):
+    _, out = finished
+    assert main(command(digits, out=out)) == 2
+    err = flat(capfd.readouterr().err)
+    assert "already holds a run" in err
+    assert "hint: continue it with --resume" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(["--seed", "3"], "the recipe"), (["--num", "30"], "the calibration set")],
+)
+def test_resuming_a_changed_run_says_what_changed(finished, digits, capfd, change, said):
+    _, out = finished
+    assert main(command(digits, *change, "--resume", out=out)) == 2
+    assert said in flat(capfd.readouterr().err)
+
+
+def test_resume_of_a_finished_run_learns_nothing(finished, digits, capfd):
+    _, out = finished
+    before = {p.name: p.stat().st_mtime_ns for p in (out / "blocks").iterdir()}
+    assert main(command(digits, "--resume", out=out)) == 0
+    assert {p.name: p.stat().st_mtime_ns for p in (out / "blocks").iterdir()} == before
+    assert capfd.readouterr().err.count("resumed") == 7
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "said"),
+    [
+        (["--wbits", "9"], 2, "--wbits: "),
+        (["--set", "reconstruction.iterashuns=3"], 2, "iterations"),
+        (["--recipe", "w4a5"], 2, "no recipe named 'w4a5'"),
+        (["--device", "tpu"], 2, "--device tpu is not a device"),
+        (["--calib", "nowhere"], 2, "nowhere"),
+        (["--size", "0"], 2, "0"),
+        (["--method", "magic"], 2, "--method: "),
+        (["--resume"], 2, "there is no run"),
+    ],
+)
+def test_mistakes_end_with_code_2_before_anything_is_written(
+    digits, tmp_path, monkeypatch, capfd, extra, code, said
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(command(digits, *extra)) == code
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert said in flat(captured.err)
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_cannot_be_traced_names_the_line_and_ends_with_code_3(digits, tmp_path, capfd):
+    source = tmp_path / "net.py"
+    source.write_text(
+        "from torch import nn\n\n\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv = nn.Conv2d(1, 10, 8)\n\n"
+        "    def forward(self, x):\n"
+        "        if x.mean() > 0:\n"
+        "            x = -x\n"
+        "        return self.conv(x).flatten(1)\n"
+    )
+    arguments = command(digits, out=tmp_path / "run")
+    arguments[1:4] = [f"{source}:Net", "--weights", "random"]
+    assert main(arguments) == 3
+    err = capfd.readouterr().err
+    assert "net.py:10" in flat(err).replace(" ", "")
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_keeps_finished_blocks_and_names_the_command_that_continues(digits, tmp_path):
+    out = tmp_path / "run"
+    arguments = command(digits, "--set", "reconstruction.iterations=2000", out=out)
+    running = subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    try:
+        for line in running.stderr:
+            if line.startswith("block 1/7"):
+                break
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.read()
+        running.stdout.read()
+        assert running.wait(timeout=60) == 130
+    finally:
+        running.kill()
+        running.wait()
+        running.stdout.close()
+        running.stderr.close()
+    assert "--resume" in rest
+    assert f"--out {out}".replace(" ", "") in "".join(rest.split())
+    assert read_info(out)["status"] == "running"
+    assert len(list((out / "blocks").glob("*.json"))) >= 1

@@ -1,0 +1,65 @@
+"""The plan of a run: what it says about each block, and that saying it changes nothing."""
+
+import pytest
+import torch
+from networks import family, placed
+
+from metaaug_cli.blocks import build_chain
+from metaaug_cli.placement import Bits
+from metaaug_cli.planning import plan_run
+from metaaug_cli.reconstruct import Schedule
+
+CPU = torch.device("cpu")
+
+
+def plan(name="vgg", schedule=None, kind="integer", **options):
+    module = family(name)
+    chain = build_chain(module, placed(module, kind, bits=Bits(2, 4)), **options)
+    return chain, plan_run(chain, schedule or Schedule(iterations=0), images=10, device=CPU)
+
+
+def test_rows_by_hand():
+    _, rows = plan()
+    assert [r.block for r in rows] == [*(f"features.{i}" for i in (0, 3, 5)), "classifier.0", "classifier.3"]
+    assert [r.layers for r in rows] == [1] * 5
+    assert [r.parameters for r in rows] == [4 * 27 + 4, 6 * 36 + 6, 6 * 54 + 6, 24 * 8 + 8, 8 * 5 + 5]
+    assert [r.weight_bits for r in rows] == [(8,), (2,), (2,), (2,), (8,)]
+    assert [r.macs for r in rows] == [6912, 3456, 5184, 192, 40]
+    # 10 images × 4 bytes × (two inputs and a target)
+    assert rows[0].cache_bytes == 10 * 4 * (2 * 192 + 64)
+    assert rows[-1].cache_bytes == 10 * 4 * (2 * 8 + 5)
+    assert [r.seconds for r in rows] == [None] * 5
+
+
+def test_activation_bits_are_those_of_the_grids_each_block_owns():
+    chain, rows = plan("residual", kind="academic")
+    for block, row in zip(chain.blocks, rows, strict=True):
+        assert row.act_bits == tuple(sorted({q.bits for q in block.activations.values()}))
+    assert [r.act_bits for r in rows] == [(), (4,), (4,), (4,), (8,)]
+
+
+def test_parameters_are_those_of_the_folded_network():
+    _, rows = plan("mobile")
+    expected = sum(t.numel() for t in family("mobile").buffers())
+    assert sum(r.parameters for r in rows) == expected
+
+
+def test_seconds_grow_with_the_schedule():
+    def total(iterations):
+        _, rows = plan("residual", Schedule(iterations=iterations, batch_size=32))
+        assert all(r.seconds > 0 for r in rows)
+        return sum(r.seconds for r in rows)
+
+    assert total(10_000) > 5 * total(100)
+
+
+@pytest.mark.parametrize("name", ["residual", "dense"])
+def test_planning_leaves_what_is_learned_alone(name):
+    module = family(name)
+    chain = build_chain(module, placed(module), max_layers=2)
+    weights = [q.state() for b in chain.blocks for q in b.weights.values()]
+    plan_run(chain, Schedule(iterations=5), images=10, device=CPU)
+    for before, quantizer in zip(weights, (q for b in chain.blocks for q in b.weights.values()), strict=True):
+        for key, value in quantizer.state().items():
+            assert torch.equal(value, before[key])
+    assert all(q.quant_prob == 1.0 for b in chain.blocks for q in b.activations.values())
