@@ -49,6 +49,7 @@ format: $(STAMP) ## apply the formatter and the fixes ruff can make
 
 docs: $(STAMP) ## regenerate the reference pages
 	$(BIN)/python scripts/generate_recipe_reference.py
+	$(BIN)/python scripts/generate_cli_reference.py
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -149,7 +149,7 @@ def is_recorded(name: str, key: dict[str, Any]) -> bool:
 
 def machine() -> str:
     """Processor, threads and torch version, in a few words."""
-    from metaaug_cli.artifacts import environment
+    from metaaug_cli.environment import environment
 
     found = environment()
     return f"{found['processor']}, {found['threads']} threads, torch {torch.__version__}, {platform.system()}"

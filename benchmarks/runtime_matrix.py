@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, ROOT, machine
+from runtime_worker import BATCHES
 
 from metaaug_cli.config import Recipe
 from metaaug_cli.data import CalibrationSet
@@ -47,7 +48,7 @@ RUNTIMES = ROOT / "build" / "runtimes"
 PAGE = ROOT / "docs" / "reference" / "runtime-matrix.md"
 DATA = RESULTS / "runtime-matrix.json"
 _CALIBRATION_IMAGES = 128
-_EQUAL = 1e-5
+_EQUAL, _NEAR = 1e-5, 0.1
 
 
 def install(release: str) -> Path:
@@ -145,15 +146,16 @@ def compare(results: dict[str, dict[str, Any]], folder: Path, newest: str) -> No
                     continue
                 reference = np.load(folder / newest / f"{other}.npy")
                 difference = float(np.abs(logits - reference).max() / reference.std())
-                agreement = float((logits.argmax(1) == reference.argmax(1)).mean())
+                agreement = float((logits.argmax(-1) == reference.argmax(-1)).mean())
                 result[f"to_{key}"] = {"difference": difference, "agreement": agreement}
 
 
 def verdict(result: dict[str, Any]) -> str:
     """One word: integer, float (with its option where it needs one), wrong or refused."""
     if not result["loads"]:
-        return "refused"
-    if result["to_newest"]["agreement"] < 0.99:
+        broken = result.get("loads_plain") or result["refused"].startswith("signal")
+        return "fails" if broken else "refused"
+    if result["to_int8"]["difference"] > _NEAR:
         return "wrong"
     if result["integer"] == result["nodes"]:
         return "integer" if result["to_newest"]["difference"] <= _EQUAL else "integer, differs"
@@ -191,6 +193,7 @@ def page(record: dict[str, Any]) -> str:
         parity="\n".join(_parity_lines(rows, found, releases[-1])),
         machine=record["machine"],
         images=record["images"],
+        batches=", ".join(map(str, record["batches"])),
     )
 
 
@@ -202,7 +205,7 @@ def _parity_lines(
     for form in FORMS:
         names = [row["file"] for row in rows if row["form"] == form]
         older = [files[name] for release, files in found.items() if release != newest for name in names]
-        loaded = [result for result in older if verdict(result) not in ("refused", "wrong")]
+        loaded = [result for result in older if verdict(result) not in ("refused", "fails", "wrong")]
         here = [found[newest][n] for n in names if found[newest][n]["loads"]]
         agreement = min(result["to_newest"]["agreement"] for result in loaded)
         difference = max(result["to_newest"]["difference"] for result in loaded)
@@ -216,15 +219,19 @@ _PAGE = """\
 # ONNX Runtime releases
 
 What each release makes of each form that `metaaug export` writes, measured on the network of
-`metaaug demo` (convolutions, depthwise ones among them, residual additions, a linear head; {images} images).
+`metaaug demo` (convolutions, depthwise ones among them, residual additions, a linear head; {images} images,
+in batches of {batches}).
 
 - **integer**: loads with default options; every convolution, linear layer and addition is an integer kernel
   in the graph that the release really runs, and the logits are those of the newest release.
 - **14 of 15**: the same, but one node (the linear layer) runs in float.
-- **float**: loads and gives the same classes, but computes in float. **option**: only with the session
-  option that the file's manifest names, `session.disable_quant_qdq=1`. A network with max pools needs it at
-  4 bits too.
-- **wrong**: loads without an error and gives other classes.
+- **float**: loads and gives the same logits (to 0.1 of their standard deviation), but computes in float.
+  **option**: only with the session option that the file's manifest names, `session.disable_quant_qdq=1`. A
+  network with max pools needs it at 4 bits too.
+- **wrong**: loads without an error and gives other logits at some batch sizes. Releases before 1.31 may
+  reuse a buffer of packed 4- or 2-bit codes for a tensor of twice the bytes and more
+  (microsoft/onnxruntime#32611): `native` files corrupt memory there. **fails**: the same,
+  and a run stopped with an error or the process died.
 - **refused**: does not load.
 
 `metaaug export --target-ort RELEASE` does not write a file that the release would not run as integers.
@@ -237,8 +244,8 @@ channel; `int8` and `packed` absorb it into the codes, so they run the same ever
 
 ## Same numbers
 
-Logits of every older release against the newest on the same file (without files it refuses or gets wrong), and
-of each form against `int8` on the newest:
+Logits of every older release against the newest on the same file (but for files it refuses or gets wrong),
+and of each form against `int8` on the newest:
 
 {parity}
 
@@ -278,6 +285,7 @@ def measure(releases: Sequence[str]) -> None:
         "forms": rows,
         "results": results,
         "images": len(images),
+        "batches": BATCHES,
         "machine": machine(),
     }
     RESULTS.mkdir(exist_ok=True)

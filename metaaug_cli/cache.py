@@ -163,7 +163,7 @@ class BlockData:
 
     @torch.no_grad()
     def batch(self, indices: Tensor) -> tuple[Values, Values, Values]:
-        """(full-precision inputs, quantized inputs, targets) of some images, targets as ``computed`` lists."""
+        """(full-precision inputs, quantized inputs, targets) of some images, as ``computed`` lists them."""
         h_fp = self.float_stream.batch(indices)
         h_q = self.quantized_stream.batch(indices)
         if self.targets is None:

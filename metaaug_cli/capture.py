@@ -118,6 +118,8 @@ def _untraceable(error: Exception) -> GraphError:
         "no fixed batch in view/reshape), or export the network yourself with a dynamic batch dimension and "
         "pass the .pt2 file"
     )
+    if "same reduction dim" in text or "shapes cannot be multiplied" in text:
+        hint = f"check that --size is what the network was trained with; otherwise {hint}"
     return GraphError(f"the network cannot be traced{where}: {summary[:300]}", hint=hint)
 
 

@@ -115,7 +115,7 @@ def _require_finite(state: Mapping[str, torch.Tensor], weights: str) -> None:
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise InputError(
-            f"the weights ({weights}) hold NaN or infinite values: {broken[0]}{more}",
+            f"NaN or infinite values in the weights, {weights}: {broken[0]}{more}",
             hint="the training may have diverged; pass weights from an earlier epoch",
         )
 

@@ -23,6 +23,7 @@ from metaaug_cli.runtimes import least_release
 
 PackMode = Literal["int8", "packed", "native"]
 WITHOUT_INTEGER_KERNELS = {"session.disable_quant_qdq": "1"}
+KEEP_FLOAT_WEIGHTS = {"optimization.disable_specified_optimizers": "WeightBiasQuantization"}
 """Session options that keep ONNX Runtime from fusing 4-bit and 2-bit types into kernels it does not have."""
 _OPSET_OF_TWO_BITS, _IR_OF_TWO_BITS = 25, 13
 _PAIR_LIMIT = 2**15 - 1
@@ -79,7 +80,19 @@ def pack(model: onnx.ModelProto, mode: PackMode, *, reduce_range: bool = False) 
         avoid_saturation(model)
     changed = {"int8": lambda _: 0, "packed": pack_weights, "native": use_native_types}[mode](model)
     options = WITHOUT_INTEGER_KERNELS if mode == "native" and changed else {}
+    if _has_float_weights_behind_codes(model):
+        options = {**options, **KEEP_FLOAT_WEIGHTS}
     return Packing(mode=mode, least_onnxruntime=least_release(model), session_options=options)
+
+
+def _has_float_weights_behind_codes(model: onnx.ModelProto) -> bool:
+    """Whether a transposed convolution reads quantized values and float weights.
+
+    ONNX Runtime would quantize those weights by a rule of its own while loading.
+    """
+    dequantized = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    transposed = [n for n in model.graph.node if n.op_type == "ConvTranspose"]
+    return any(n.input[0] in dequantized and n.input[1] not in dequantized for n in transposed)
 
 
 def pack_weights(model: onnx.ModelProto) -> int:

@@ -16,7 +16,8 @@ def describe_mistakes(error: ValidationError, model: type[BaseModel]) -> list[st
         if detail["type"] == "extra_forbidden":
             mistakes.append(unknown_key(key, model))
             continue
-        wanted.setdefault(key, []).append(_plain(detail["msg"]))
+        text = _meaning(key, model) if detail["type"] == "string_pattern_mismatch" else _plain(detail["msg"])
+        wanted.setdefault(key, []).append(text)
         seen[key] = detail["input"]
     for key, alternatives in wanted.items():
         first, *others = alternatives
@@ -65,6 +66,15 @@ def _plain(message: str) -> str:
     if message == "Field required":
         return "must be a complete list"
     return message.removeprefix("Value error, ").replace("Input should be ", "must be ")
+
+
+def _meaning(key: str, model: type[BaseModel]) -> str:
+    """The key's own description, where a pattern would say nothing to a reader."""
+    section, _, leaf = key.rpartition(".")
+    owner = section_of(model, section) if section else model
+    field = owner.model_fields.get(leaf) if owner else None
+    text = (field.description if field else None) or "another text"
+    return f"must be {text.removesuffix('.').replace('`', '')}"
 
 
 def _key_of(location: tuple[int | str, ...], model: type[BaseModel]) -> str:

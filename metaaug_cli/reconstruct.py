@@ -141,9 +141,8 @@ class _Learner:
         device = data.float_stream.device
         seed = int(torch.randint(2**62, (), generator=generator))
         self.drops = torch.Generator(device=device).manual_seed(seed)
-        self.scales: list[Tensor] = [
-            q.relative_scale for q in [*block.weights.values(), *block.activations.values()]
-        ]
+        self.scales: list[Tensor] = [q.relative_scale for q in block.weights.values()]
+        self.scales += [q.relative_scale for q in block.activations.values()]
         self.optimizer = torch.optim.Adam(self._groups())
         self.decayed = self.optimizer.param_groups[1:]
         self.rates = [group["lr"] for group in self.decayed]

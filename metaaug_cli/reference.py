@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from metaaug_cli import reference_float as float_ops
 from metaaug_cli import reference_ops as ops
 from metaaug_cli.onnx_view import RANGES, GraphView, code_tensors
 from metaaug_cli.reference_ops import Array, Pending, Quantized, Value, as_float
@@ -116,6 +117,13 @@ class IntegerExecutor:
             return [ops.max_pool(node, inputs[0])]
         if node.op_type == "Conv":
             return [ops.float_convolution(node, inputs)]
+        if node.op_type == "GroupNormalization":
+            return [float_ops.group_normalization(node, inputs)]
+        if (
+            node.op_type == "ConvTranspose"
+            and (found := float_ops.transposed_convolution(node, inputs)) is not None
+        ):
+            return [found]
         if node.op_type in ("Clip", "Cast", "Sub") and inputs[0].dtype != np.float32:
             return [ops.integer_elementwise(node, inputs)]
         key = node.output[0]

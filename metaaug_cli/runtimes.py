@@ -53,11 +53,12 @@ SUPPORT = {
     "packed 2 bits": Support(
         "packed 2-bit weights", (1, 24), (1, 25), "refuse the file: they do not know the types"
     ),
+    # Until microsoft/onnxruntime#32611 a buffer of packed codes could be reused for twice as many bytes.
     "native 4 bits": Support(
-        "4-bit ONNX types", (1, 23), None, "load the file without complaint and compute wrong logits"
+        "4-bit ONNX types", (1, 31), None, "load the file and compute wrong logits at some batch sizes"
     ),
     "native 2 bits": Support(
-        "2-bit ONNX types", (1, 24), None, "refuse the file: they do not know the types"
+        "2-bit ONNX types", (1, 31), None, "refuse the file, or compute wrong logits at some batch sizes"
     ),
 }
 
@@ -138,6 +139,12 @@ def parse_release(text: str) -> Release:
             hint="leave --target-ort out and test the file on that release yourself",
         )
     return release
+
+
+def installed_release(version: str) -> Release:
+    """(major, minor) of a library's own version text, which may end in ``.dev`` and the like."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def format_release(release: Release) -> str:

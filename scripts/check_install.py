@@ -20,7 +20,7 @@ def run_time_modules() -> list[str]:
     """Import names of the dependencies declared without an extra."""
     declared = [line for line in requires("metaaug") or [] if "extra ==" not in line]
     names = [re.split(r"[^\w-]", line, maxsplit=1)[0] for line in declared]
-    return sorted(IMPORT_NAMES.get(name, name) for name in names)
+    return sorted(IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names)
 
 
 def broken_modules() -> list[str]:

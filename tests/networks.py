@@ -201,7 +201,7 @@ def targets(module: torch.fx.GraphModule) -> list[str]:
 
 
 def labels(graph: torch.fx.Graph) -> dict[torch.fx.Node, str]:
-    """Operator and occurrence of each node ("relu", "relu_1"); fx's own names differ between torch versions."""
+    """Operator and occurrence of each node ("relu", "relu_1"); fx's names differ between torch versions."""
     found: dict[torch.fx.Node, str] = {}
     counts: dict[str, int] = {}
     for node in graph.nodes:

@@ -33,8 +33,8 @@ class RunProgress:
     def step(self, block: Block, done: int, total: int) -> None:
         """One optimizer step is done."""
         self.tick(
-            block.index * self.steps + done,
-            self.blocks * self.steps,
+            block.index * total + done,
+            self.blocks * total,
             f"block {block.index + 1}/{self.blocks} {block.name}",
         )
 

@@ -39,6 +39,11 @@ def unflattened():
     return Net(flat=False)
 
 
+def sized():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 5))
+
+
 def diverged():
     network = Net()
     network.body.bias.data[2] = float("nan")
@@ -90,6 +95,16 @@ def test_a_flag_out_of_range_is_named_as_it_was_typed(root, capsys):
     refused(capsys, 2, "--wbits: must be less than or equal to 8, not 9", "--batch: must be")
 
 
+def test_an_unknown_augmentation_is_told_the_known_ones(root, capsys):
+    assert quantize(root, "--augment", "blur") == 2
+    refused(capsys, 2, "--augment: must be none, or operations joined by +: flip")
+
+
+def test_a_size_the_network_was_not_made_for(root, capsys, tmp_path):
+    assert quantize(root, "--size", 13, "--out", tmp_path / "run", factory="sized") == 3
+    refused(capsys, 3, "cannot be traced", "check that --size")
+
+
 def test_an_output_that_is_no_row_of_logits_is_refused(root, capsys, tmp_path):
     assert quantize(root, "--out", tmp_path / "run", factory="unflattened") == 3
     refused(capsys, 3, "gives (5, 1, 1) for an image, not a row of logits", "flatten(1)")
@@ -97,7 +112,7 @@ def test_an_output_that_is_no_row_of_logits_is_refused(root, capsys, tmp_path):
 
 def test_weights_that_are_not_finite_are_refused_before_any_work(root, capsys, tmp_path):
     assert quantize(root, "--out", tmp_path / "run", factory="diverged") == 2
-    refused(capsys, 2, "hold NaN or infinite values: body.bias")
+    refused(capsys, 2, "NaN or infinite values in the weights", "body.bias")
     assert not (tmp_path / "run").exists()
 
 
@@ -183,12 +198,12 @@ def test_ctrl_c_keeps_the_blocks_and_says_how_to_go_on(root, tmp_path):
     started = subprocess.Popen(
         [sys.executable, "-m", "metaaug_cli", *arguments], stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "run.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
     started.send_signal(signal.SIGINT)
-    _, err = started.communicate(timeout=30)
+    _, err = started.communicate(timeout=60)
     assert started.returncode == 130
     assert "error: interrupted" in err
     assert "--resume" in err

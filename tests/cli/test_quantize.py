@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import onnx
 import pytest
 import torch
 import yaml
@@ -111,11 +110,6 @@ def test_the_quantized_network_still_reads_digits(finished):
     assert accuracy[1] > accuracy[0] - 0.05
 
 
-def test_the_run_exports(finished):
-    _, out = finished
-    onnx.checker.check_model(onnx.load(load_run(out).onnx_path), full_check=True)
-
-
 def test_json_is_all_there_is_on_stdout(digits, tmp_path, capfd):
     arguments = command(digits, "--method", "nearest", "--json", out=tmp_path / "run")
     assert main(arguments) == 0
@@ -140,10 +134,12 @@ def test_plan_shows_every_block_and_writes_nothing(digits, tmp_path, monkeypatch
 
 def test_without_out_the_run_has_a_name_of_its_own(digits, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    for expected in ("digits_cnn.digits_cnn-w4a4", "digits_cnn.digits_cnn-w4a4-2"):
-        assert main(command(digits, "--method", "nearest")) == 0
-        assert (tmp_path / "runs" / expected / "metrics.json").exists()
-    assert f"run directory: {Path('runs') / 'digits_cnn.digits_cnn-w4a4-2'}" in capfd.readouterr().out
+    taken = Path("runs") / "digits_cnn.digits_cnn-w4a4"
+    taken.mkdir(parents=True)
+    assert main(command(digits, "--method", "nearest")) == 0
+    assert list(taken.iterdir()) == []
+    assert (Path(f"{taken}-2") / "metrics.json").exists()
+    assert f"run directory: {taken}-2" in capfd.readouterr().out
 
 
 def test_a_taken_directory_names_resume(finished, digits, capfd):
@@ -220,7 +216,7 @@ def test_a_network_that_cannot_be_traced_names_the_line_and_ends_with_code_3(dig
 
 def test_ctrl_c_keeps_finished_blocks_and_names_the_command_that_continues(digits, tmp_path):
     out = tmp_path / "run"
-    arguments = command(digits, "--set", "reconstruction.iterations=2000", out=out)
+    arguments = command(digits, "--set", "reconstruction.iterations=400", out=out)
     running = subprocess.Popen(
         [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )

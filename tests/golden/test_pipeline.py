@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from networks import SIZE, ResidualNet, images, trained
 
 from metaaug_cli.artifacts import load_run
+from metaaug_cli.capture import export_program
 from metaaug_cli.config import Recipe
 from metaaug_cli.data import make_calibration_set
 from metaaug_cli.errors import RecipeError, UsageError
@@ -33,6 +35,12 @@ BLOCKS = ["stem.0", "layer1.0", "layer1.1", "layer2.0", "fc"]
 def model(seed=0):
     network = trained(ResidualNet(), seed)
     return LoadedModel(network, "residual", PREPROCESSING, "made up", hash_state(network.state_dict()))
+
+
+@cache
+def exported():
+    """The same network traced once: what most tests need."""
+    return replace(model(), module=export_program(model().module, SIZE))
 
 
 def calibration(seed=1):
@@ -97,7 +105,9 @@ def test_losses_are_the_golden_ones(finished):
 
 def test_the_result_is_better_than_nearest_rounding(finished):
     _, result, _ = finished
-    nearest = quantize(model(), calibration(), recipe=recipe("reconstruction.method=nearest"), device="cpu")
+    nearest = quantize(
+        exported(), calibration(), recipe=recipe("reconstruction.method=nearest"), device="cpu"
+    )
     x = calibration().images
     expected = result.float_module(x)
     errors = [float((m.deployed(x) - expected).square().mean()) for m in (result, nearest)]
@@ -147,20 +157,20 @@ def test_metrics_are_measured_on_the_calibration_images(finished):
 
 def test_a_second_run_gives_the_same_bytes(finished, tmp_path):
     folder, _, _ = finished
-    quantize(model(), calibration(), recipe=recipe("name=other"), run_dir=tmp_path / "again", device="cpu")
+    quantize(exported(), calibration(), recipe=recipe("name=other"), run_dir=tmp_path / "again", device="cpu")
     assert block_files(tmp_path / "again") == block_files(folder)
 
 
 def test_another_seed_gives_another_result(finished):
     _, result, _ = finished
-    other = quantize(model(), calibration(), recipe=recipe("seed=1"), device="cpu")
+    other = quantize(exported(), calibration(), recipe=recipe("seed=1"), device="cpu")
     assert other.histories[1].curve != result.histories[1].curve
 
 
 def test_without_room_everything_is_recomputed_to_the_same_result(finished, caplog):
     _, result, _ = finished
     with caplog.at_level("WARNING", logger="metaaug_cli"):
-        tight = quantize(model(), calibration(), recipe=recipe(), device="cpu", cache_gb=0)
+        tight = quantize(exported(), calibration(), recipe=recipe(), device="cpu", cache_gb=0)
     assert sum("recomputed each step" in r.message for r in caplog.records) == 5
     for block, other in zip(result.chain.blocks, tight.chain.blocks, strict=True):
         state, again = block.state(), other.state()
@@ -179,7 +189,7 @@ def test_room_for_some_blocks_only_gives_the_same_result(finished, caplog):
     bytes_of_stem = 48 * 4 * (2 * 192 + 384)  # the stem and the first residual block do not fit below this
     with caplog.at_level("WARNING", logger="metaaug_cli"):
         some = quantize(
-            model(), calibration(), recipe=recipe(), device="cpu", cache_gb=(bytes_of_stem - 4) / 2**30
+            exported(), calibration(), recipe=recipe(), device="cpu", cache_gb=(bytes_of_stem - 4) / 2**30
         )
     assert 0 < sum("recomputed each step" in r.message for r in caplog.records) < 5
     assert [h.loss_after for h in some.histories] == pytest.approx(
@@ -238,7 +248,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(finished, tmp_path, point, done)
 
     recorder = Recorder()
     resumed = quantize(
-        model(), calibration(), recipe=recipe(), run_dir=run, resume=True, device="cpu", progress=recorder
+        exported(), calibration(), recipe=recipe(), run_dir=run, resume=True, device="cpu", progress=recorder
     )
     assert recorder.blocks == [(name, i < done) for i, name in enumerate(BLOCKS)]
     assert {name for name, _, _ in recorder.steps} == set(BLOCKS[done:])
@@ -252,7 +262,13 @@ def test_resuming_a_finished_run_learns_nothing(finished):
     folder, result, _ = finished
     before, recorder = block_files(folder), Recorder()
     again = quantize(
-        model(), calibration(), recipe=recipe(), run_dir=folder, resume=True, device="cpu", progress=recorder
+        exported(),
+        calibration(),
+        recipe=recipe(),
+        run_dir=folder,
+        resume=True,
+        device="cpu",
+        progress=recorder,
     )
     assert recorder.steps == []
     assert recorder.blocks == [(name, True) for name in BLOCKS]
@@ -282,7 +298,7 @@ def other_code():
 )
 def test_a_changed_run_is_not_resumed(finished, changes, said):
     folder, _, _ = finished
-    made = {"model": model, "calibration": calibration, "recipe": recipe} | changes
+    made = {"model": exported, "calibration": calibration, "recipe": recipe} | changes
     before = block_files(folder)
     with pytest.raises(RecipeError) as caught:
         quantize(
@@ -300,7 +316,7 @@ def test_a_changed_run_is_not_resumed(finished, changes, said):
 def test_a_taken_directory_is_not_overwritten(finished):
     folder, _, _ = finished
     with pytest.raises(UsageError, match="already holds a run"):
-        quantize(model(), calibration(), recipe=recipe(), run_dir=folder, device="cpu")
+        quantize(exported(), calibration(), recipe=recipe(), run_dir=folder, device="cpu")
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
@@ -312,9 +328,9 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop"])
 def test_every_method_beats_nearest_rounding(method):
-    settings = ["quantization.act_bits=4", "reconstruction.iterations=80"]
+    settings = ["quantization.act_bits=4", "reconstruction.iterations=60"]
     result = quantize(
-        model(), calibration(), recipe=recipe(*settings, f"reconstruction.method={method}"), device="cpu"
+        exported(), calibration(), recipe=recipe(*settings, f"reconstruction.method={method}"), device="cpu"
     )
     before = sum(h.loss_before for h in result.histories[1:-1])
     after = sum(h.loss_after for h in result.histories[1:-1])

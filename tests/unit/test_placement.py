@@ -182,6 +182,20 @@ def test_first_and_last_bits_and_same():
     assert placement.first_layer.name == "features.0"
 
 
+@pytest.mark.parametrize("kind", ["academic", "integer"])
+def test_a_first_layer_that_does_not_read_the_image_itself_has_its_input_quantized(kind):
+    network = nn.Sequential(
+        nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2)
+    )
+    bits = act_bits(placed(capture(trained(network), SIZE), kind, bits=W4A3))
+    assert {label: bits[label] for label in ("relu", "relu_1", "conv2d_1")} == {
+        "relu": 7,
+        "relu_1": 3,
+        "conv2d_1": 7,
+    }
+    assert "placeholder" not in bits  # the ReLU's input is no layer's
+
+
 def test_stem_output_bits_touch_the_first_layers_output_alone():
     bits = Bits(weight=4, act=3, first_last_act=7, other_act=6, stem_output=5)
     for kind, table in (("academic", RESIDUAL_ACADEMIC), ("integer", RESIDUAL_INTEGER)):

@@ -70,7 +70,7 @@ def test_the_regularizer_decides_the_rounding():
     """With it, hardly any soft rounding is left undecided at the end; without it, many are."""
     undecided = {}
     for weight in (0.0, 1.0):
-        block, _, _ = learn(Schedule(iterations=300, rounding_weight=weight, **FAST))
+        block, _, _ = learn(Schedule(iterations=200, rounding_weight=weight, **FAST))
         logits = torch.cat([q.rounding_logits.flatten() for q in block.weights.values()])
         soft = torch.sigmoid(logits) * 1.2 - 0.1
         undecided[weight] = float(((soft > 0.05) & (soft < 0.95)).float().mean())

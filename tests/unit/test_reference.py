@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -212,3 +213,26 @@ def test_borders_between_codes_go_the_same_way(op, shape):
         )
         _, rounded = simulated.requantize(torch.tensor(scale_y), zero_y)
         assert np.array_equal(rounded.clamp(0, 255).numpy(), wanted[0]), (trial, grids)
+
+
+GROUPED = {"group": 2, "strides": [2, 2], "pads": [1, 1, 1, 1], "output_padding": [1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("operator", "shapes", "attributes"),
+    [
+        ("GroupNormalization", [(4,), (4,)], {"num_groups": 2, "epsilon": 1e-3}),
+        ("ConvTranspose", [(4, 3, 4, 4), (6,)], GROUPED),
+        ("ConvTranspose", [(4, 2, 3, 3)], {"dilations": [2, 1]}),
+    ],
+)
+def test_float_operators_that_the_onnx_evaluator_gets_wrong(operator, shapes, attributes):
+    images = torch.randn(2, 4, 7, 5).numpy()
+    weights = [numpy_helper.from_array(torch.randn(s).numpy(), f"w{i}") for i, s in enumerate(shapes)]
+    node = helper.make_node(operator, ["x", *(w.name for w in weights)], ["y"], **attributes)
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * 4) for n in "xy")
+    graph = helper.make_graph([node], "one", [x], [y], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": images})
+    found, _ = IntegerExecutor(model).run(images)
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -177,3 +177,31 @@ def test_cost_of_a_linear_layer_on_tokens_counts_every_token():
             return self.head(F.relu(self.inner(x.flatten(2).transpose(1, 2))).mean(1))
 
     assert [stage_macs(s) for s in cut(Tokens())] == [64 * 3 * 7, 7 * 2]
+
+
+class Nested(nn.Module):
+    """Blocks without shortcuts whose children hold one or two layers each."""
+
+    def __init__(self, *children):
+        super().__init__()
+        blocks = [nn.Sequential(*(convolutions(n) for n in children)) for _ in range(2)]
+        self.stem, self.blocks, self.head = nn.Conv2d(3, 4, 1), nn.Sequential(*blocks), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean([2, 3]))
+
+
+def convolutions(count):
+    return nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(count)))
+
+
+@pytest.mark.parametrize(
+    ("children", "expected"),
+    [
+        ((1, 1), [1, 2, 2, 1]),
+        ((2, 1), [1, 3, 3, 1]),  # one part of several layers is part of the block
+        ((2, 2), [1, 2, 2, 2, 2, 1]),  # two of them are blocks of their own
+    ],
+)
+def test_a_module_that_contains_several_blocks_is_not_one(children, expected):
+    assert [len(s.layers) for s in cut(Nested(*children))] == expected
