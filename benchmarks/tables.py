@@ -47,7 +47,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _accuracy(model: str, **wanted: object) -> list[Record]:
-    found = [r for r in records("accuracy") if r["model"] == model and "augment" not in r]
+    found = [r for r in records("accuracy") if r["model"] == model and not {"augment", "stem"} & r.keys()]
     return [r for r in found if all(r[k] == v for k, v in wanted.items())]
 
 
@@ -83,6 +83,16 @@ def resnet20_short() -> str:
                 authors = f"{AUTHORS[bits]:.2f}" if placement == "academic" else ""
                 rows.append([*_row(group, [bits.upper(), placement]), authors])
     return markdown(["bits", "placement", *_COLUMNS, "authors' code"], rows)
+
+
+def resnet20_stem() -> str:
+    """The published code's own placement."""
+    group = [r for r in records("accuracy") if r.get("stem") == 8]
+    if not group:
+        return "not measured yet"
+    return markdown(
+        ["bits", *_COLUMNS, "authors' code"], [[*_row(group, ["W4A4"]), f"{AUTHORS['w4a4']:.2f}"]]
+    )
 
 
 def resnet20_long() -> str:
@@ -184,6 +194,7 @@ def memory() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "resnet20-w8a8": resnet20_w8a8,
     "resnet20-short": resnet20_short,
+    "resnet20-stem": resnet20_stem,
     "resnet20-long": resnet20_long,
     "resnet20-few": resnet20_few,
     "mobilenet": mobilenet,

@@ -17,6 +17,7 @@ from metaaug_cli.functional import (
 _SEARCH_SAMPLE = 1 << 17
 _STEP_PRIME = 2_654_435_761  # near 2^32 over the golden ratio, which spreads its multiples
 _CONTAINER_BITS = 8
+_LEAST_ACTIVATION_SCALE = 1e-6
 _LEAST_RELATIVE_SCALE = 2.0**-14
 
 
@@ -147,7 +148,8 @@ class ActivationQuantizer(nn.Module):
         scale, zero_point = search_scale(
             sample, self.bits, symmetric=self.symmetric, norm=self.norm, full_range=full_range, clip=self.clip
         )
-        self.base_scale.copy_(scale[0])
+        # Values that all but vanish must not make the bias grid of the next layer finer than int32 holds.
+        self.base_scale.copy_(scale[0].clamp(min=_LEAST_ACTIVATION_SCALE))
         self.relative_scale.fill_(1.0)
         self.zero_point.copy_(zero_point[0])
 

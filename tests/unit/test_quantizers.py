@@ -186,3 +186,12 @@ def test_activation_state_round_trip():
     x = torch.linspace(-2, 5, 50)
     assert torch.equal(other(x), quantizer(x))
     assert 0 < float(other.zero_point) < 15
+
+
+def test_vanishing_activations_keep_a_grid_that_a_bias_can_follow():
+    quantizer = ActivationQuantizer(8, symmetric=False)
+    quantizer.search(torch.linspace(0, 1e-9, 100))
+    scale = quantizer.scale.item()
+    assert scale == pytest.approx(1e-6)
+    bias_code = 0.05 / (scale * 1e-4)
+    assert bias_code < 2**31
