@@ -2,7 +2,8 @@
 
 Suites: resnet20-short (256 images, 300 iterations, 3 seeds), resnet20-long (1 024 images, 2 000
 iterations), resnet20-stem (second layer's input at 8 bits), resnet20-few (32 images and augmented
-copies), resnet20-w8a8, mobilenet. Every finished run is appended to benchmarks/results/accuracy.jsonl and not repeated.
+copies), resnet20-w8a8, mobilenet. Every finished run is appended to
+benchmarks/results/accuracy.jsonl and not repeated.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,9 @@ def spread(values: Sequence[float]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; says so where nothing is recorded."""
+    if not rows:
+        return "Not measured yet."
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -88,11 +90,8 @@ def resnet20_short() -> str:
 def resnet20_stem() -> str:
     """The published code's own placement."""
     group = [r for r in records("accuracy") if r.get("stem") == 8]
-    if not group:
-        return "not measured yet"
-    return markdown(
-        ["bits", *_COLUMNS, "authors' code"], [[*_row(group, ["W4A4"]), f"{AUTHORS['w4a4']:.2f}"]]
-    )
+    rows = [[*_row(group, ["W4A4"]), f"{AUTHORS['w4a4']:.2f}"]] if group else []
+    return markdown(["bits", *_COLUMNS, "authors' code"], rows)
 
 
 def resnet20_long() -> str:
@@ -167,6 +166,30 @@ def kills() -> str:
     return markdown(["killed after", "blocks kept", "identical after --resume"], rows)
 
 
+def cost() -> str:
+    """What the recorded runs took, by network and schedule."""
+    groups: dict[tuple[str, int, int], list[Record]] = defaultdict(list)
+    for r in records("accuracy"):
+        if r["method"] == "genie":
+            groups[r["model"], r["num"], r["iterations"]].append(r)
+    rows = []
+    for (model, num, iterations), group in sorted(groups.items()):
+        learned = [s for r in group for s in r["seconds_per_block"].values()]
+        rows.append(
+            [
+                model,
+                str(num),
+                str(iterations),
+                f"{min(learned):.1f} / {median(learned):.1f} / {max(learned):.1f}",
+                f"{iterations / median(learned):.0f}",
+                f"{median(r['seconds'] for r in group):.0f}",
+                f"{max(r['peak_memory_mib'] for r in group):,}",
+            ]
+        )
+    header = ["network", "images", "iterations", "s/block min / median / max", "iterations/s", "s/run", "MiB"]
+    return markdown(header, rows)
+
+
 def speed() -> str:
     """Seconds per block and steps per second."""
     rows = [
@@ -200,6 +223,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mobilenet": mobilenet,
     "architectures": architectures,
     "kills": kills,
+    "cost": cost,
     "speed": speed,
     "memory": memory,
 }
