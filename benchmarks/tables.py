@@ -259,8 +259,8 @@ def picture() -> str:
     ]
     right = 70 + width * len(bars)
 
-    def label(x: float, at: float, text: object, anchor: str = "middle") -> str:
-        return f'<text x="{x}" y="{at:.1f}" text-anchor="{anchor}" fill="#24292f">{text}</text>'
+    def label(x: float, at: float, text: object, anchor: str = "middle", fill: str = "#24292f") -> str:
+        return f'<text x="{x}" y="{at:.1f}" text-anchor="{anchor}" fill="{fill}">{text}</text>'
 
     for tick in range(60, 96, 10):
         level = f'y1="{y(tick):.1f}" y2="{y(tick):.1f}"'
@@ -269,13 +269,14 @@ def picture() -> str:
     for number, (bits, value) in enumerate(bars):
         x, top = 65 + width * number, y(value)
         parts.append(f'<rect x="{x}" y="{top:.1f}" width="60" height="{y(low) - top:.1f}" fill="#0969da"/>')
-        parts.append(label(x + 30, top - 5, f"{value:.1f}"))
+        parts.append(label(x + 30, top + 20, f"{value:.1f}", fill="#ffffff"))
         parts.append(label(x + 30, y(low) + 18, bits))
     parts.append(
         f'<line x1="50" x2="{70 + width * len(bars)}" y1="{y(float_top1):.1f}" y2="{y(float_top1):.1f}" '
         'stroke="#cf222e" stroke-dasharray="5 4"/>'
     )
-    parts.append(f'<text x="12" y="{height + 72}" fill="#cf222e">dashed: float {float_top1:.2f}</text></svg>')
+    note = f"dashed: float {float_top1:.2f}; the axis starts at {low:.0f}"
+    parts.append(f'<text x="12" y="{height + 72}" fill="#cf222e">{note}</text></svg>')
     return "\n".join(parts) + "\n"
 
 
