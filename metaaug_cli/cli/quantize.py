@@ -123,7 +123,7 @@ AugmentOpt = Annotated[
         "--augment",
         metavar="KIND",
         help="Learn on changed copies too: none, or flip, crop, geometric, photometric, mixup joined by +. "
-        "Helps most with few images.",
+        "Meant for few images.",
         rich_help_panel=METHOD_PANEL,
     ),
 ]
