@@ -149,7 +149,8 @@ def test_mask_elements_are_independent_and_follow_the_generator():
 def test_soft_rounding_inverts(fraction):
     f = torch.tensor(fraction, dtype=torch.float64)
     assert float(F.soft_rounding(F.inverse_soft_rounding(f))) == pytest.approx(fraction, abs=1e-12)
-    assert (float(F.inverse_soft_rounding(f)) >= 0) == (fraction >= 0.5)
+    if abs(fraction - 0.5) > 1e-12:  # exactly between two codes, the last bit decides
+        assert (float(F.inverse_soft_rounding(f)) >= 0) == (fraction >= 0.5)
 
 
 @given(st.floats(-20, 20))
