@@ -311,7 +311,11 @@ def test_the_accuracy_is_kept_in_the_run(work, onnx_file):
         (["{run}", "--data", "{val}", "--junit", "x.xml"], "no gate to show", "--max-drop"),
         (["{run}", "--data", "{val}/class0", "--classes", "{root}/net.py"], "", None),
         (["{run}", "--data", "{fewer}"], "5 class folders, the model has 6 outputs", "--classes"),
-        (["{run}", "--data", "{val}", "--json", "{root}/no/r.json"], "there is no folder", "folder that exists"),
+        (
+            ["{run}", "--data", "{val}", "--json", "{root}/no/r.json"],
+            "there is no folder",
+            "folder that exists",
+        ),
         (["{onnx}", "--data", "{val}", "--max-drop", "1"], "float network", "--model"),
         (["{onnx}", "--data", "{val}", "--parity"], "needs the simulation", "run directory"),
         (["{onnx}", "--data", "{val}", "--weights", "w.pt"], "--weights needs --model", "--model"),
