@@ -1,0 +1,194 @@
+"""The sections of a recipe: what may be set, in which range, and what it means to the user."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=1)]
+
+_OPERATION = "(flip|crop|geometric|photometric|mixup)"
+_AUGMENTATION_PATTERN = rf"^(none|{_OPERATION}(\+{_OPERATION})*)$"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class Calibration(Section):
+    """Which images the quantizers are fitted on."""
+
+    num: int = Field(
+        default=1024, ge=1, description="Images to draw, balanced over classes; fewer if fewer exist."
+    )
+
+
+class PreprocessingOverrides(Section):
+    """How an image becomes the network's input; ``null`` leaves the model's own choice."""
+
+    size: Side | tuple[Side, Side] | None = Field(
+        default=None, description="Input size in pixels: one number, or [height, width]."
+    )
+    resize: Side | Literal["auto", "none"] | None = Field(
+        default=None,
+        description="Short side in pixels before the centre crop; `auto` resizes only images that do not "
+        "already have a fitting size, `none` never resizes.",
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = Field(
+        default=None, description="Filter of the resize."
+    )
+    mean: tuple[float, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Subtracted from each channel, in units of the [0, 1] pixel range.",
+    )
+    std: tuple[Positive, ...] | None = Field(
+        default=None, min_length=1, description="Divides each channel, in units of the [0, 1] pixel range."
+    )
+
+    @model_validator(mode="after")
+    def _same_channels(self) -> Self:
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels but std has {len(self.std)}")
+        return self
+
+    def load_options(self) -> dict[str, Any]:
+        """Keyword arguments for ``models.load_model``; what the recipe leaves to the model is left out."""
+        options = {key: value for key, value in self if value is not None}
+        if isinstance(self.size, int):
+            options["size"] = (self.size, self.size)
+        if self.resize == "none":
+            options["resize"] = None
+        return options
+
+
+class Quantization(Section):
+    """Bit-widths, grids and placement of the quantizers."""
+
+    weight_bits: Bits = Field(default=4, description="Bits of the weights, per output channel.")
+    act_bits: Bits = Field(
+        default=4, description="Bits of the inputs of convolutions and linear layers, per tensor."
+    )
+    first_last_bits: Bits | Literal["same"] = Field(
+        default=8,
+        description="Bits of the first and the last layer; `same` uses `weight_bits` and `act_bits`.",
+    )
+    other_act_bits: Bits | Literal["same"] = Field(
+        default=8,
+        description="Bits of the tensors that only `integer` placement quantizes (branches before an "
+        "addition, pools, network input and output); `same` uses `act_bits`.",
+    )
+    stem_output_bits: Bits | None = Field(
+        default=None, description="Bits of the first layer's output; `null` uses `act_bits`."
+    )
+    placement: Literal["integer", "academic"] = Field(
+        default="integer",
+        description="`integer` quantizes every tensor, so that the whole network runs on integer kernels; "
+        "`academic` only the inputs of convolutions and linear layers, as published tables do.",
+    )
+    weight_symmetric: bool | None = Field(
+        default=None,
+        description="Weight grid without a zero point; `null` chooses symmetric at 8 bits and asymmetric "
+        "below.",
+    )
+    act_symmetric: bool = Field(
+        default=True,
+        description="Grid of layer inputs around zero (unsigned where no value is negative); the other "
+        "tensors of `integer` placement always have a zero point.",
+    )
+    quantize_output: bool = Field(
+        default=True, description="Quantize the logits too (`integer` placement only)."
+    )
+
+    @model_validator(mode="after")
+    def _eight_bits_are_symmetric(self) -> Self:
+        if self.weight_bits == 8 and self.weight_symmetric is False:
+            raise ValueError(
+                "weight_symmetric must be true or null at weight_bits 8: code minus zero point does not "
+                "fit into int8"
+            )
+        return self
+
+
+class Reconstruction(Section):
+    """How the blocks are fitted to the float network."""
+
+    method: Literal["nearest", "adaround", "brecq", "qdrop", "genie"] = Field(
+        default="genie",
+        description="`nearest` searches scales and learns nothing; `adaround` learns the rounding layer by "
+        "layer; `brecq` block by block, with the activation scales; `qdrop` leaves activations "
+        "unquantized at random while it learns; `genie` learns the weight scales too.",
+    )
+    iterations: int = Field(default=2000, ge=1, description="Optimizer steps per block.")
+    batch_size: int = Field(default=32, ge=1, description="Images per step.")
+    quant_prob: Fraction = Field(
+        default=0.5,
+        description="Chance that an activation element is quantized while training (`qdrop`, `genie`).",
+    )
+    rounding_lr: Positive = Field(
+        default=1e-3, description="Adam's rate of the rounding logits, before `lr_scale`."
+    )
+    weight_scale_lr: Positive = Field(
+        default=1e-3,
+        description="Adam's rate of the weight scales, as a share of each searched scale and before "
+        "`lr_scale`; cosine-decayed to 0.",
+    )
+    act_scale_lr: Positive = Field(
+        default=1e-4,
+        description="Adam's rate of the activation scales, as a share of each searched scale and before "
+        "`lr_scale`; cosine-decayed to 0.",
+    )
+    lr_scale: Literal["auto"] | Positive = Field(
+        default="auto",
+        description="Factor on the three rates; `auto` is 1 for long schedules and more for short ones.",
+    )
+    rounding_weight: NotNegative = Field(
+        default=1.0, description="Weight of the regulariser that drives the rounding to 0 or 1."
+    )
+    rounding_warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.2, description="Share of the iterations before the regulariser starts."
+    )
+    beta_start: Positive = Field(default=20.0, description="Exponent of the regulariser when it starts.")
+    beta_end: Positive = Field(default=2.0, description="Exponent of the regulariser at the last iteration.")
+    scale_norm: Positive = Field(
+        default=2.4, description="Exponent of the error that the scale search minimises."
+    )
+    max_block_layers: int = Field(
+        default=16, ge=1, description="Convolutions and linear layers in a block before it is split."
+    )
+
+    @model_validator(mode="after")
+    def _beta_falls(self) -> Self:
+        if self.beta_end > self.beta_start:
+            raise ValueError(f"beta_end {self.beta_end:g} is above beta_start {self.beta_start:g}")
+        return self
+
+
+class Augmentation(Section):
+    """Changed copies of the calibration images to learn on besides the images themselves."""
+
+    kind: str = Field(
+        default="none",
+        pattern=_AUGMENTATION_PATTERN,
+        description="`none`, or operations joined by `+`: flip, crop, geometric, photometric, mixup.",
+    )
+    copies: int | Literal["auto"] = Field(
+        default="auto",
+        description="Copies of each image; `auto` is 8, fewer where that makes more than 2048.",
+    )
+
+    @field_validator("copies")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("copies must be at least 1, or auto")
+        return value
+
+    def copies_for(self, images: int) -> int:
+        """Copies of each of ``images`` images; 0 for the kind ``none``."""
+        if self.kind == "none":
+            return 0
+        return self.copies if isinstance(self.copies, int) else max(1, min(8, 2048 // max(images, 1)))
