@@ -4,14 +4,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from metaaug_cli.augment_kinds import OPERATION_NAMES, check_kind
+from metaaug_cli.errors import RecipeError
+
 Bits = Annotated[int, Field(ge=2, le=8)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=1)]
-
-_OPERATION = "(flip|crop|geometric|photometric|mixup)"
-_AUGMENTATION_PATTERN = rf"^(none|{_OPERATION}(\+{_OPERATION})*)$"
 
 
 class Section(BaseModel):
@@ -172,13 +172,23 @@ class Augmentation(Section):
 
     kind: str = Field(
         default="none",
-        pattern=_AUGMENTATION_PATTERN,
-        description="`none`, or operations joined by `+`: flip, crop, geometric, photometric, mixup.",
+        description=f"`none`; fixed operations joined by `+`: {', '.join(OPERATION_NAMES)}; `metaaug`, the "
+        "learned augmenter, alone or with operations on its images (`metaaug+trivial-geometric`); `auto`, "
+        "which the bits decide.",
     )
     copies: int | Literal["auto"] = Field(
         default="auto",
         description="Copies of each image; `auto` is 8, fewer where that makes more than 2048.",
     )
+
+    @field_validator("kind")
+    @classmethod
+    def _exists(cls, value: str) -> str:
+        try:
+            check_kind(value)
+        except RecipeError as error:
+            raise ValueError("; ".join(text for text in (error.message, error.hint) if text)) from None
+        return value
 
     @field_validator("copies")
     @classmethod

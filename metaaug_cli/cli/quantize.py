@@ -122,8 +122,9 @@ AugmentOpt = Annotated[
     typer.Option(
         "--augment",
         metavar="KIND",
-        help="Learn on changed copies too: none, or flip, crop, geometric, photometric, mixup joined by +. "
-        "Meant for few images.",
+        help="Learn on changed copies too, meant for few images: none, auto, metaaug (learned), or joined by "
+        "+ (also after metaaug+) flip, crop, rotate, geometric, brightness, contrast, photometric, mixup, "
+        "cutmix, and trivial or rand, whole or as -geometric, -photometric.",
         rich_help_panel=METHOD_PANEL,
     ),
 ]

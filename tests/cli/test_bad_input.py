@@ -97,7 +97,9 @@ def test_a_flag_out_of_range_is_named_as_it_was_typed(root, capsys):
 
 def test_an_unknown_augmentation_is_told_the_known_ones(root, capsys):
     assert quantize(root, "--augment", "blur") == 2
-    refused(capsys, 2, "--augment: must be none, or operations joined by +: flip")
+    refused(capsys, 2, "--augment: no augmentation named 'blur'", "operations joined by +: flip, crop")
+    assert quantize(root, "--augment", "metaaug+trivial-geometry") == 2
+    refused(capsys, 2, "did you mean 'trivial-geometric'?")
 
 
 def test_a_size_the_network_was_not_made_for(root, capsys, tmp_path):

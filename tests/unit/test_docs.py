@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-PAGES = ["index.md", "guides/quickstart.md", "guides/own-model.md", "concepts/method.md"]
-PAGES += ["concepts/architecture.md", "reference/run-directory.md"]
+PAGES = ["index.md", "guides/quickstart.md", "guides/own-model.md", "guides/few-images.md"]
+PAGES += ["concepts/method.md", "concepts/architecture.md", "reference/run-directory.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
