@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from metaaug_cli.blocks import Chain, build_chain, search_activation_scales
 from metaaug_cli.capture import capture
 from metaaug_cli.placement import Bits, Placement, place
 
@@ -193,6 +194,17 @@ def placed(
     module: torch.fx.GraphModule, kind: str = "integer", *, bits: Bits | None = None, **options
 ) -> Placement:
     return place(module.graph, kind=kind, bits=bits or Bits(weight=4, act=4), **options)
+
+
+def searched(module: torch.fx.GraphModule, bits: Bits | None = None) -> Chain:
+    """The chain of a network with every scale searched on 16 images and nothing learned."""
+    chain = build_chain(module, placed(module, "academic", bits=bits or Bits(2, 2)))
+    values: tuple[Tensor, ...] = (images(16),)
+    with torch.no_grad():
+        for block in chain.blocks:
+            search_activation_scales(block, values)
+            values = block.quantized_block(*values)
+    return chain
 
 
 def targets(module: torch.fx.GraphModule) -> list[str]:
