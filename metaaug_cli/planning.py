@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
+from metaaug_cli.augment_kinds import NONE
+from metaaug_cli.augmentation import LearnedAugmentation
+from metaaug_cli.augmenter import AugmenterSpec
+from metaaug_cli.bilevel import MetaSchedule
 from metaaug_cli.blocks import Block, Chain, search_activation_scales
-from metaaug_cli.cache import stage_bytes
+from metaaug_cli.cache import BlockData, Stream, Values, stage_bytes
+from metaaug_cli.preprocessing import Preprocessing
 from metaaug_cli.reconstruct import Schedule, training_step_runs
 from metaaug_cli.stages import stage_macs
 
@@ -30,6 +34,7 @@ class PlanRow:
         macs: Multiply-accumulates of one image.
         cache_bytes: Activations kept while it is learned.
         seconds: Estimated learning time; None where nothing is learned.
+        augmenter_seconds: Estimated time in which it teaches the augmenter; None where it does not.
     """
 
     block: str
@@ -40,9 +45,32 @@ class PlanRow:
     macs: int
     cache_bytes: int
     seconds: float | None
+    augmenter_seconds: float | None = None
 
 
-def plan_run(chain: Chain, schedule: Schedule, *, images: int, device: torch.device) -> list[PlanRow]:
+@dataclass(frozen=True)
+class TeachingPlan:
+    """What the time of teaching the learned augmenter depends on.
+
+    Args:
+        spec: The augmenter's form and width.
+        schedule: Outer steps for each block that is not the first or last.
+        preprocessing: Of the network.
+    """
+
+    spec: AugmenterSpec
+    schedule: MetaSchedule
+    preprocessing: Preprocessing
+
+
+def plan_run(
+    chain: Chain,
+    schedule: Schedule,
+    *,
+    images: int,
+    device: torch.device,
+    teaching: TeachingPlan | None = None,
+) -> list[PlanRow]:
     """Describe every block; the time comes from training steps of each on four random images.
 
     Args:
@@ -50,9 +78,11 @@ def plan_run(chain: Chain, schedule: Schedule, *, images: int, device: torch.dev
         schedule: Of each block.
         images: Calibration images.
         device: Where the run would be.
+        teaching: The learned augmenter's, where the run has one.
     """
     chain.to(device)
     rows = []
+    trial = _Trial(chain, teaching, device) if teaching is not None else None
     for block in chain.blocks:
         layers = block.stage.layers
         parameters = sum(a.meta["val"].numel() for n in layers for a in n.args[1:3] if hasattr(a, "meta"))  # type: ignore[union-attr]
@@ -66,24 +96,61 @@ def plan_run(chain: Chain, schedule: Schedule, *, images: int, device: torch.dev
                 macs=stage_macs(block.stage),
                 cache_bytes=stage_bytes(block.stage, images),
                 seconds=_learning_seconds(block, schedule, device) if schedule.iterations else None,
+                augmenter_seconds=trial.seconds(block, schedule) if trial and not block.is_edge else None,
             )
         )
     return rows
 
 
 def _learning_seconds(block: Block, schedule: Schedule, device: torch.device) -> float:
-    inputs = tuple(
-        torch.rand(_TIMED_BATCH, *(int(s) for s in value.meta["val"].shape[1:]), device=device)
-        for value in block.stage.inputs
-    )
+    inputs = _random_inputs(block, device)
     search_activation_scales(block, inputs)
     fastest = min(_timed_step(block, inputs, schedule) for _ in range(_TIMED_STEPS))
     return fastest * schedule.iterations * schedule.batch_size / _TIMED_BATCH
 
 
-def _timed_step(block: Block, inputs: tuple[Tensor, ...], schedule: Schedule) -> float:
+def _random_inputs(block: Block, device: torch.device) -> Values:
+    shapes = [value.meta["val"].shape[1:] for value in block.stage.inputs]
+    return tuple(torch.rand(_TIMED_BATCH, *map(int, shape), device=device) for shape in shapes)
+
+
+def _timed_step(block: Block, inputs: Values, schedule: Schedule) -> float:
     start = time.perf_counter()
     training_step_runs(block, inputs, schedule)
     if inputs[0].device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+class _Trial:
+    """An augmenter that is thrown away, taught by a few images for timing."""
+
+    def __init__(self, chain: Chain, teaching: TeachingPlan, device: torch.device) -> None:
+        self.schedule, self.device = teaching.schedule, device
+        few = replace(teaching.schedule, steps=1, batch_size=_TIMED_BATCH, val_batch_size=_TIMED_BATCH)
+        size = (len(teaching.preprocessing.mean), *teaching.preprocessing.size)
+        self.learned = LearnedAugmentation(
+            teaching.spec,
+            few,
+            chain.blocks,
+            torch.rand(_TIMED_BATCH, *size),
+            teaching.preprocessing,
+            operations=NONE,
+            copies=1,
+            seed=0,
+            device=device,
+        )
+
+    def seconds(self, block: Block, schedule: Schedule) -> float:
+        """Teaching time of ``block``, which the blocks before it must have been searched for."""
+        stream = Stream(_random_inputs(block, self.device), self.device)
+        data = BlockData(stream, stream, block.float_block, None, block.computed)
+        generator = torch.Generator().manual_seed(0)
+        taught = [
+            self.learned.learner.learn(block, data, schedule, generator=generator, measured=False)
+            for _ in range(_TIMED_STEPS)
+        ]
+        fastest = min(history.seconds for history in taught)
+        # T's images walk twice through the network and once back, the others once and back.
+        share = (2 * self.schedule.batch_size + self.schedule.val_batch_size) / (3 * _TIMED_BATCH)
+        return fastest * self.schedule.steps * share

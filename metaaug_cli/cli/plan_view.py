@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from metaaug_cli.config import Recipe
     from metaaug_cli.data import CalibrationSet
     from metaaug_cli.models import LoadedModel
+    from metaaug_cli.planning import TeachingPlan
 
 
 def show_plan(
@@ -22,7 +23,13 @@ def show_plan(
     from metaaug_cli.prepare import prepare_chain, schedule_of
 
     chain = prepare_chain(loaded.module, tuple(calibration.images.shape[1:]), recipe)
-    rows = plan_run(chain, schedule_of(recipe), images=len(calibration.images), device=pick_device(device))
+    rows = plan_run(
+        chain,
+        schedule_of(recipe),
+        images=len(calibration.images),
+        device=pick_device(device),
+        teaching=_teaching(calibration, recipe),
+    )
     console.table(
         f"Plan: {recipe.reconstruction.method}, {recipe.quantization.placement} placement, "
         f"{len(calibration.images)} images",
@@ -41,15 +48,32 @@ def show_plan(
             for r in rows
         ],
     )
-    total = sum(r.seconds or 0 for r in rows)
+    augmenter = sum(r.augmenter_seconds or 0 for r in rows)
+    total = augmenter + sum(r.seconds or 0 for r in rows)
     peak = max(r.cache_bytes for r in rows) / 2**20
     console.result(
         f"{len(rows)} blocks, {sum(r.parameters for r in rows):,} parameters, "
         f"largest cache {peak:.0f} MiB, about {format_seconds(total)} of learning"
     )
+    if augmenter:
+        m = recipe.metaaug
+        console.result(
+            f"learned augmenter: {m.form}, {m.steps} steps for each block but the first and last, about "
+            f"{format_seconds(augmenter)} of that ({augmenter / total:.0%})"
+            + (f", and {m.warmup_steps} steps of warm-up" if m.form == "unet" else "")
+        )
     console.data(
         {"blocks": [asdict(r) for r in rows], "seconds": total, "recipe": recipe.model_dump(mode="json")}
     )
+
+
+def _teaching(calibration: CalibrationSet, recipe: Recipe) -> TeachingPlan | None:
+    from metaaug_cli.planning import TeachingPlan
+    from metaaug_cli.prepare import augmenter_of, learns_augmenter, meta_schedule_of
+
+    if not learns_augmenter(recipe):
+        return None
+    return TeachingPlan(augmenter_of(recipe), meta_schedule_of(recipe), calibration.preprocessing)
 
 
 def _bits(values: tuple[int, ...]) -> str:

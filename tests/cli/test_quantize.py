@@ -132,6 +132,45 @@ def test_plan_shows_every_block_and_writes_nothing(digits, tmp_path, monkeypatch
         assert any(line.split()[:1] == [name] for line in out.splitlines()), name
 
 
+LEARNED = [
+    *("--augment", "metaaug", "--holdout", "8", "--iterations", "2"),
+    *("--set", "metaaug.steps=2", "--set", "metaaug.base_width=4"),
+]
+
+
+def test_a_learned_augmenter_is_shown_and_its_trouble_told(digits, tmp_path, capfd):
+    out = tmp_path / "run"
+    assert main(command(digits, *LEARNED, out=out)) == 0
+    stdout, stderr = capfd.readouterr()
+    (head,) = [line for line in stdout.splitlines() if line.startswith("block ")]
+    assert head.split() == ["block", "before", "after", "held", "back", "T's", "distance"]
+    rows = {line.split()[0]: line.split()[1:] for line in stdout.splitlines() if len(line.split()) == 5}
+    assert len(rows) == 7
+    for name, (*_, held_back, distance) in rows.items():
+        assert float(held_back) > 0
+        assert (distance == "-") == (name in ("stem.0", "head"))
+    page = out / "augmentation" / "index.html"
+    assert f"what the augmenter did: {page}".replace(" ", "") in "".join(stderr.split())
+    assert "7 of 7 blocks" in page.read_text()
+    # Two steps from the identity are next to nothing.
+    assert "warning: block body.0: the augmenter has collapsed to the identity" in flat(stderr)
+    assert "the augmenter has collapsed to the identity" in (out / "log.txt").read_text()
+
+
+def test_plan_tells_the_augmenters_share(digits, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(command(digits, *LEARNED, "--plan")) == 0
+    assert "learned augmenter: residual, 2 steps for each block but the first" in flat(capfd.readouterr().out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_an_augmenter_nothing_is_said_of_one(finished):
+    done, out = finished
+    assert "held back" not in done.stdout
+    assert "augmenter" not in done.stdout + done.stderr
+    assert not (out / "augmentation").exists()
+
+
 def test_without_out_the_run_has_a_name_of_its_own(digits, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     taken = Path("runs") / "digits_cnn.digits_cnn-w4a4"
@@ -178,6 +217,7 @@ def test_resume_of_a_finished_run_learns_nothing(finished, digits, capfd):
         (["--calib", "nowhere"], 2, "nowhere"),
         (["--size", "0"], 2, "0"),
         (["--method", "magic"], 2, "--method: "),
+        (["--holdout", "-1"], 2, "--holdout"),
         (["--resume"], 2, "there is no run"),
     ],
 )

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from networks import family, placed
+from networks import SIZE, family, placed
 
+from metaaug_cli.augmenter import AugmenterSpec
+from metaaug_cli.bilevel import MetaSchedule
 from metaaug_cli.blocks import build_chain
 from metaaug_cli.placement import Bits
-from metaaug_cli.planning import plan_run
+from metaaug_cli.planning import TeachingPlan, plan_run
+from metaaug_cli.preprocessing import Preprocessing
 from metaaug_cli.reconstruct import Schedule
 
 CPU = torch.device("cpu")
@@ -51,6 +54,21 @@ def test_seconds_grow_with_the_schedule():
         return sum(r.seconds for r in rows)
 
     assert total(10_000) > 5 * total(100)
+
+
+def test_teaching_an_augmenter_is_timed_where_a_block_teaches():
+    def seconds(steps):
+        teaching = TeachingPlan(
+            AugmenterSpec("residual", base_width=4),
+            MetaSchedule(steps=steps, batch_size=8, val_batch_size=8),
+            Preprocessing(SIZE[1:], None, "bilinear", (0.5,) * 3, (0.5,) * 3),
+        )
+        chain = build_chain(family("residual"), placed(family("residual"), bits=Bits(2, 2)))
+        rows = plan_run(chain, Schedule(iterations=5), images=10, device=CPU, teaching=teaching)
+        assert [r.augmenter_seconds is None for r in rows] == [b.is_edge for b in chain.blocks]
+        return sum(r.augmenter_seconds or 0 for r in rows)
+
+    assert seconds(10_000) > 5 * seconds(100) > 0
 
 
 @pytest.mark.parametrize("name", ["residual", "dense"])
