@@ -5,6 +5,7 @@ After a change of the method that is meant to change the losses, write them anew
 """
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,12 @@ class Recorder:
     def planned(self, blocks, steps_per_block):
         self.plan = (blocks, steps_per_block)
 
+    def warming_up(self, done, total):
+        pass
+
+    def warmed_up(self, warmup):
+        pass
+
     def step(self, block, done, total):
         self.steps.append((block.name, done, total))
 
@@ -74,7 +81,13 @@ def block_files(run):
     """Bytes of every learned state, and the losses of every history."""
     states = {p.name: p.read_bytes() for p in (run / "blocks").glob("*.safetensors")}
     histories = {p.name: json.loads(p.read_text()) for p in (run / "blocks").glob("*.json")}
-    return states, {name: {k: v for k, v in h.items() if k != "seconds"} for name, h in histories.items()}
+    return states, {name: without_seconds(h) for name, h in histories.items()}
+
+
+def without_seconds(content):
+    """A JSON object without what the clock says, at any depth of objects."""
+    kept = {key: value for key, value in content.items() if key != "seconds"}
+    return {key: without_seconds(v) if isinstance(v, dict) else v for key, v in kept.items()}
 
 
 def losses_of(result):
@@ -207,14 +220,14 @@ import metaaug_cli.artifacts as artifacts
 from metaaug_cli.pipeline import quantize
 from test_pipeline import Recorder, calibration, model, recipe
 
-folder, point = sys.argv[2:]
+folder, point, *settings = sys.argv[2:]
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 class Killer(Recorder):
     def step(self, block, done, total):
-        if point == "inside a block" and (block.index, done) == (2, 7):
+        if point in ("inside a block", "inside the augmenter's steps") and (block.index, done) == (2, 7):
             die()
 
 if point == "between the two files of a block":
@@ -226,7 +239,7 @@ if point == "between the two files of a block":
     artifacts.write_atomically = write_and_die
 
 run = artifacts.Path(folder)
-quantize(model(), calibration(), recipe=recipe(), run_dir=run, device="cpu", progress=Killer())
+quantize(model(), calibration(), recipe=recipe(*settings), run_dir=run, device="cpu", progress=Killer())
 """
 
 
@@ -274,6 +287,94 @@ def test_resuming_a_finished_run_learns_nothing(finished):
     assert recorder.blocks == [(name, True) for name in BLOCKS]
     assert block_files(folder) == before
     assert torch.equal(again.deployed(images(4)), result.deployed(images(4)))
+
+
+LEARNED = [
+    *("augmentation.kind=metaaug", "quantization.act_bits=2", "calibration.holdout=8"),
+    *("reconstruction.iterations=4", "metaaug.steps=8", "metaaug.batch_size=8", "metaaug.val_batch_size=8"),
+    *("metaaug.base_width=16", "metaaug.warmup_steps=250"),
+]
+
+
+def augmentation_files(run):
+    """Bytes of every file on the augmenter, but of the outer steps what they measured."""
+    files = {p.name: p for p in (run / "augmentation").iterdir()}
+    return {
+        name: without_seconds(json.loads(p.read_text())) if p.suffix == ".json" else p.read_bytes()
+        for name, p in files.items()
+    }
+
+
+@pytest.fixture(scope="module", params=["residual", "unet"])
+def learned(request, tmp_path_factory):
+    """A complete run with a learned augmenter: (directory, result, its settings)."""
+    settings = [*LEARNED, f"metaaug.form={request.param}"]
+    folder = tmp_path_factory.mktemp("learned") / "run"
+    result = quantize(exported(), calibration(), recipe=recipe(*settings), run_dir=folder, device="cpu")
+    return folder, result, settings
+
+
+def test_a_run_with_an_augmenter_shows_it_for_every_block_it_learned_from(learned):
+    folder, result, _ = learned
+    files = augmentation_files(folder)
+    stems = [f"{i:03d}-{name}" for i, name in enumerate(BLOCKS)][1:-1]
+    suffixes = (".safetensors", ".json", ".png")
+    assert set(files) == {"index.html", *(stem + suffix for stem in stems for suffix in suffixes)}
+    states = [files[f"{stem}.safetensors"] for stem in stems]
+    assert len(set(states)) == len(states), "the augmenter learns from block to block"
+    for block, history in zip(result.chain.blocks, result.histories, strict=True):
+        assert history.losses.keys() == {"originals", "trained", "held_back"}
+        assert bool(history.augmentation) != block.is_edge
+
+
+def test_a_run_killed_while_it_teaches_the_augmenter_resumes_to_the_same_bytes(learned, tmp_path):
+    complete, result, settings = learned
+    run = tmp_path / "run"
+    arguments = [str(TESTS), str(run), "inside the augmenter's steps", *settings]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(list((run / "blocks").glob("*.json"))) == 2
+    assert len(list((run / "augmentation").glob("*.safetensors"))) == 1
+    resumed = quantize(
+        exported(), calibration(), recipe=recipe(*settings), run_dir=run, resume=True, device="cpu"
+    )
+    assert block_files(run) == block_files(complete)
+    assert augmentation_files(run) == augmentation_files(complete)
+    assert torch.equal(resumed.deployed(images(4)), result.deployed(images(4)))
+
+
+def test_a_lost_augmenter_is_learned_again_with_its_block(learned, tmp_path):
+    complete, _, settings = learned
+    run = tmp_path / "run"
+    shutil.copytree(complete, run)
+    (run / "augmentation" / "002-layer1.1.safetensors").unlink()
+    recorder = Recorder()
+    quantize(
+        exported(),
+        calibration(),
+        recipe=recipe(*settings),
+        run_dir=run,
+        resume=True,
+        device="cpu",
+        progress=recorder,
+    )
+    assert recorder.blocks == [(name, i < 2) for i, name in enumerate(BLOCKS)]
+    assert block_files(run) == block_files(complete)
+    assert augmentation_files(run) == augmentation_files(complete)
+
+
+def test_holding_back_every_image_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(RecipeError, match="leave none to learn from"):
+        quantize(
+            exported(),
+            calibration(),
+            recipe=recipe("calibration.holdout=48"),
+            run_dir=tmp_path / "run",
+            device="cpu",
+        )
+    assert not (tmp_path / "run").exists()
 
 
 class OtherCode(ResidualNet):
