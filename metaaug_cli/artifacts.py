@@ -2,7 +2,8 @@
 
 ``run.json`` (model, hashes, environment, status), ``recipe.yaml`` (resolved), ``float.pt2`` (the float
 network as captured), ``blocks/NNN-NAME.safetensors`` with ``.json`` (learned state and loss curve, written
-as each block finishes), ``metrics.json``, ``log.txt``. Every write replaces the file in one step.
+as each block finishes), ``augmentation/`` (see ``augmentation_files.py``), ``metrics.json``, ``log.txt``.
+Every write replaces the file in one step.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE = (
     "log.txt",
     "model.onnx",
 )
-_OWN_NAMES = {RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE, "blocks"}
+AUGMENTATION = "augmentation"
+_OWN_NAMES = {AUGMENTATION, RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE, "blocks"}
 _RUN_KEYS = {
     "status",
     "model",
@@ -167,8 +169,10 @@ class RunDirectory:
             if not (self.block_path(index, name, ".json").exists() and self.block_path(index, name).exists()):
                 return index
             try:
-                _read_state(self.block_path(index, name))
-                _read_history(self.block_path(index, name, ".json"))
+                read_state(self.block_path(index, name))
+                history = _read_history(self.block_path(index, name, ".json"))
+                if history.augmentation:  # the augmenter goes on from where this block left it
+                    read_state(self.path / AUGMENTATION / self.block_path(index, name).name)
             except InputError as error:
                 _logger.warning("%s; learning goes on from this block", error.message)
                 return index
@@ -185,7 +189,7 @@ class RunDirectory:
 
     def load_block(self, block: Block) -> BlockHistory:
         """Load one finished block into its quantizers and return its history."""
-        block.load(_read_state(self.block_path(block.index, block.name)))
+        block.load(read_state(self.block_path(block.index, block.name)))
         return _read_history(self.block_path(block.index, block.name, ".json"))
 
     def finish(self, info: RunInfo, metrics: dict[str, Any]) -> None:
@@ -201,7 +205,12 @@ class RunDirectory:
         write_atomically(self.path / RUN_FILE, json.dumps(content, indent=2) + "\n")
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file of a run.
+
+    Raises:
+        InputError: It is missing or damaged.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

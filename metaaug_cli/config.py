@@ -18,6 +18,7 @@ from metaaug_cli.recipe_errors import describe_mistakes, listing, suggestion, un
 from metaaug_cli.sections import (
     Augmentation,
     Calibration,
+    MetaAug,
     PreprocessingOverrides,
     Quantization,
     Reconstruction,
@@ -39,10 +40,17 @@ class Recipe(Section):
     preprocessing: PreprocessingOverrides = PreprocessingOverrides()
     quantization: Quantization = Quantization()
     augmentation: Augmentation = Augmentation()
+    metaaug: MetaAug = MetaAug()
     reconstruction: Reconstruction = Reconstruction()
 
     @field_validator(
-        "calibration", "preprocessing", "quantization", "augmentation", "reconstruction", mode="before"
+        "calibration",
+        "preprocessing",
+        "quantization",
+        "augmentation",
+        "metaaug",
+        "reconstruction",
+        mode="before",
     )
     @classmethod
     def _empty_section(cls, value: object) -> object:

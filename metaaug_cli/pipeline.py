@@ -15,17 +15,30 @@ from torch import Tensor, fx
 
 from metaaug_cli.artifacts import Fingerprint, RunDirectory, RunInfo, hash_graph
 from metaaug_cli.augment import augmented_copies
+from metaaug_cli.augment_kinds import NONE, learned_part
+from metaaug_cli.augmentation import LearnedAugmentation
+from metaaug_cli.augmentation_files import AugmentationFiles
 from metaaug_cli.blocks import Block, Chain, search_activation_scales
-from metaaug_cli.cache import BlockData, Budget, Stream, default_budget, place_for, stage_bytes
+from metaaug_cli.cache import BlockData, default_budget
 from metaaug_cli.capture import export_program
 from metaaug_cli.config import Recipe
 from metaaug_cli.data import CalibrationSet
 from metaaug_cli.deploy import deploy
-from metaaug_cli.errors import MetaAugError, UsageError
+from metaaug_cli.errors import MetaAugError, RecipeError, UsageError
 from metaaug_cli.memory import peak_memory_mib
 from metaaug_cli.models import LoadedModel
-from metaaug_cli.prepare import prepare_chain, schedule_of
-from metaaug_cli.reconstruct import BlockHistory, reconstruct_block
+from metaaug_cli.prepare import (
+    augmentation_kind,
+    augmenter_of,
+    learns_augmenter,
+    meta_schedule_of,
+    prepare_chain,
+    schedule_of,
+)
+from metaaug_cli.preprocessing import Preprocessing
+from metaaug_cli.reconstruct import PROBE_IMAGES, BlockHistory, Schedule, probe_loss, reconstruct_block
+from metaaug_cli.walk import Walker
+from metaaug_cli.warmup import WarmUp
 
 _logger = logging.getLogger(__name__)
 _SCALE_SEARCH_IMAGES = 64
@@ -38,8 +51,14 @@ class Progress(Protocol):
     def planned(self, blocks: int, steps_per_block: int) -> None:
         """Called once, before the first block."""
 
+    def warming_up(self, done: int, total: int) -> None:
+        """One step of the augmenter's warm-up is done."""
+
+    def warmed_up(self, warmup: WarmUp) -> None:
+        """The augmenter reproduces the images."""
+
     def step(self, block: Block, done: int, total: int) -> None:
-        """One optimizer step of ``block`` is done."""
+        """One step of ``block`` is done, of the augmenter's and the block's own together."""
 
     def finished(self, block: Block, history: BlockHistory, *, resumed: bool) -> None:
         """``block`` is learned, or was loaded from the run directory."""
@@ -47,6 +66,12 @@ class Progress(Protocol):
 
 class _Silent:
     def planned(self, blocks: int, steps_per_block: int) -> None:
+        pass
+
+    def warming_up(self, done: int, total: int) -> None:
+        pass
+
+    def warmed_up(self, warmup: WarmUp) -> None:
         pass
 
     def step(self, block: Block, done: int, total: int) -> None:
@@ -99,6 +124,7 @@ def quantize(
         UsageError: The device is not there, or ``run_dir`` is taken.
     """
     progress = progress or _Silent()
+    _require_images(len(calibration.images), recipe)
     target = pick_device(device)
     channels, height, width = calibration.images.shape[1:]
     input_size = (channels, height, width)
@@ -109,15 +135,12 @@ def quantize(
     directory = RunDirectory(run_dir) if run_dir else None
     done = directory.start(info, recipe, program, resume=resume) if directory else 0
 
-    progress.planned(len(chain.blocks), schedule_of(recipe).iterations)
+    progress.planned(len(chain.blocks), _steps_per_block(recipe))
     started = time.monotonic()
-    images = _with_copies(calibration, recipe)
-    walker = _Walker(images, len(calibration.images), target, default_budget(target, cache_gb))
     with _out_of_memory_hint():
-        histories = [
-            _walk_block(block, walker, recipe, progress, directory, resumed=block.index < done)
-            for block in chain.to(target).blocks
-        ]
+        run = _start(chain.to(target), calibration, recipe, target, cache_gb, directory, progress)
+        histories = [run.walk(block, resumed=block.index < done) for block in chain.blocks]
+        run.show()
     deployed = deploy(chain.to(torch.device("cpu")))
     metrics = _metrics(chain, histories, calibration.images, deployed, time.monotonic() - started)
     if directory is not None:
@@ -125,97 +148,169 @@ def quantize(
     return QuantizedModel(chain.module, deployed, chain, histories, input_size, metrics)
 
 
-def _with_copies(calibration: CalibrationSet, recipe: Recipe) -> Tensor:
-    """The calibration images, followed by the recipe's augmented copies of them."""
-    copies = recipe.augmentation.copies_for(len(calibration.images))
-    if copies == 0 or recipe.reconstruction.method == "nearest":
-        return calibration.images
-    generator = torch.Generator().manual_seed(recipe.seed)
-    made = augmented_copies(
-        calibration.images, calibration.preprocessing, recipe.augmentation.kind, copies, generator
-    )
-    return torch.cat([calibration.images, made])
+def _steps_per_block(recipe: Recipe) -> int:
+    return schedule_of(recipe).iterations + (recipe.metaaug.steps if learns_augmenter(recipe) else 0)
 
 
-def _walk_block(
-    block: Block,
-    walker: _Walker,
+def _start(
+    chain: Chain,
+    calibration: CalibrationSet,
     recipe: Recipe,
-    progress: Progress,
+    device: torch.device,
+    cache_gb: float | None,
     directory: RunDirectory | None,
-    *,
-    resumed: bool,
-) -> BlockHistory:
-    """Learn one block, or load it where an earlier run has finished it, and move past it."""
-    if directory is not None and resumed:
-        history = directory.load_block(block)
-        walker.enter(block, learns=False)
-    else:
-        history = _learn_block(block, walker, recipe, progress)
-        if directory is not None:
-            directory.save_block(block, history)
-    progress.finished(block, history, resumed=resumed)
-    walker.leave(block)
-    return history
+    progress: Progress,
+) -> _Run:
+    """What all blocks share: the images on their way, and the learned augmenter where the recipe has one."""
+    images, held_back = _split(calibration.images, recipe)
+    walked = _with_copies(images, calibration.preprocessing, recipe)
+    walker = Walker(walked, len(images), held_back, device, default_budget(device, cache_gb))
+    learned = None
+    if learns_augmenter(recipe):
+        learned = LearnedAugmentation(
+            augmenter_of(recipe),
+            meta_schedule_of(recipe),
+            chain.blocks,
+            images,
+            calibration.preprocessing,
+            operations=learned_part(augmentation_kind(recipe))[1],
+            copies=recipe.augmentation.copies_for(len(images)),
+            seed=recipe.seed,
+            device=device,
+        )
+        warmed = learned.warm_up(recipe.metaaug.warmup_steps, calibration.sha256, progress.warming_up)
+        if warmed is not None:
+            progress.warmed_up(warmed)
+    files = AugmentationFiles(directory, [b.name for b in chain.blocks]) if directory and learned else None
+    return _Run(walker, recipe, progress, directory, learned, files)
 
 
-def _learn_block(block: Block, walker: _Walker, recipe: Recipe, progress: Progress) -> BlockHistory:
-    """One block: scales, augmentation (MetaAug's place), reconstruction."""
-    generator = torch.Generator().manual_seed(recipe.seed * 100_003 + block.index)
-    data = walker.enter(block, learns=recipe.reconstruction.method != "nearest")
-    chosen = torch.randperm(len(data), generator=generator)[:_SCALE_SEARCH_IMAGES]
-    search_activation_scales(block, data.quantized_stream.batch(chosen))
-    # MetaAug learns the augmenter T here, before the block is learned on the images and T(images).
-    schedule = schedule_of(recipe)
-    _logger.info(
-        "block %s: %d layers, %d activation grids", block.name, len(block.weights), len(block.activations)
-    )
-    return reconstruct_block(
-        block, data, schedule, generator=generator, tick=lambda i, n: progress.step(block, i, n)
-    )
-
-
-class _Walker:
-    """Carries the two activation streams from block to block, within the memory budget."""
-
-    def __init__(self, images: Tensor, originals: int, device: torch.device, budget: Budget) -> None:
-        self.images, self.originals = len(images), originals
-        self.budget = budget
-        self.float_stream = Stream((images,), device)
-        self.quantized_stream = Stream((images,), device)
-        self.place: torch.device | None = None
-        self.targets: tuple[Tensor, ...] | None = None
-
-    def enter(self, block: Block, *, learns: bool) -> BlockData:
-        """Bring both streams to the block's input and, where there is room, compute its targets once."""
-        self.place = place_for(stage_bytes(block.stage, self.images), self.budget)
-        if self.place is None and learns:
-            _logger.warning(
-                "block %s: activations exceed the cache budget and are recomputed each step", block.name
-            )
-        self.float_stream.keep(self.place)
-        self.quantized_stream.keep(self.place)
-        self.targets = None
-        if self.place is not None:
-            after = Stream(self.float_stream.stored, self.float_stream.device)
-            after.pending = [block.float_block]
-            self.targets = after.compute(self.place)
-        return BlockData(
-            self.float_stream,
-            self.quantized_stream,
-            block.float_block,
-            self.targets,
-            block.computed,
-            self.originals,
+def _require_images(count: int, recipe: Recipe) -> None:
+    if recipe.calibration.holdout >= count:
+        raise RecipeError(
+            f"calibration.holdout: {recipe.calibration.holdout} of {count} images leave none to learn from",
+            hint="hold back fewer, or give more images",
         )
 
-    def leave(self, block: Block) -> None:
-        """Move both streams past the block."""
-        if self.targets is not None:
-            self.float_stream.replace(self.targets)
+
+def _split(images: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Images to learn from, and those the recipe holds back."""
+    count = recipe.calibration.holdout
+    if count == 0:
+        return images, images[:0]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed))
+    return images[order[count:].sort().values], images[order[:count].sort().values]
+
+
+def _with_copies(images: Tensor, preprocessing: Preprocessing, recipe: Recipe) -> Tensor:
+    """The images, followed by the recipe's fixed copies of them where no augmenter is learned."""
+    is_learned, operations = learned_part(augmentation_kind(recipe))
+    if is_learned or operations == NONE:
+        return images
+    generator = torch.Generator().manual_seed(recipe.seed)
+    copies = recipe.augmentation.copies_for(len(images))
+    return torch.cat([images, augmented_copies(images, preprocessing, operations, copies, generator)])
+
+
+@dataclass
+class _Run:
+    """The method, block by block."""
+
+    walker: Walker
+    recipe: Recipe
+    progress: Progress
+    directory: RunDirectory | None
+    learned: LearnedAugmentation | None
+    files: AugmentationFiles | None
+
+    def walk(self, block: Block, *, resumed: bool) -> BlockHistory:
+        """Learn one block, or load it where an earlier run has finished it, and move past it."""
+        if self.directory is not None and resumed:
+            history = self.directory.load_block(block)
+            if self.learned is not None and self.files is not None:
+                self.files.load(block, self.learned)
+            self.walker.enter(block, learns=False)
         else:
-            self.float_stream.advance(block.float_block, place=None)
-        self.quantized_stream.advance(block.quantized_block, place=self.place)
+            history = self._learn(block)
+            if self.directory is not None:
+                self.directory.save_block(block, history)
+            self.show()
+        self.progress.finished(block, history, resumed=resumed)
+        block.quantized_block.requires_grad_(requires_grad=False)
+        self.walker.leave(block)
+        return history
+
+    def show(self) -> None:
+        """Write the page on the augmenter for the blocks that are finished."""
+        if self.files is not None:
+            self.files.write_page()
+
+    def _learn(self, block: Block) -> BlockHistory:
+        """One block: scales searched, the augmenter taught, the block reconstructed on D and T(D)."""
+        recipe = self.recipe
+        schedule, total = schedule_of(recipe), _steps_per_block(recipe)
+        generator = torch.Generator().manual_seed(recipe.seed * 100_003 + block.index)
+        data = self.walker.enter(block, learns=schedule.iterations > 0)
+        chosen = torch.randperm(len(data), generator=generator)[:_SCALE_SEARCH_IMAGES]
+        search_activation_scales(block, data.quantized_stream.batch(chosen))
+        _logger.info(
+            "block %s: %d layers, %d activation grids", block.name, len(block.weights), len(block.activations)
+        )
+        augmentation: dict[str, float] = {}
+        if self.learned is not None and not block.is_edge:
+            data, augmentation = self._augment(self.learned, block, data, schedule, total, generator)
+        before = total - schedule.iterations
+        history = reconstruct_block(
+            block,
+            data,
+            schedule,
+            generator=generator,
+            tick=lambda done, _: self.progress.step(block, before + done, total),
+        )
+        history.losses = self._losses(block, data)
+        history.augmentation = augmentation
+        return history
+
+    def _augment(
+        self,
+        learned: LearnedAugmentation,
+        block: Block,
+        data: BlockData,
+        schedule: Schedule,
+        total: int,
+        generator: torch.Generator,
+    ) -> tuple[BlockData, dict[str, float]]:
+        """Teach T what this block needs and add T(D) to the block's images."""
+        meta = learned.teach(
+            block,
+            data,
+            schedule,
+            generator=generator,
+            tick=lambda done, _: self.progress.step(block, done, total),
+        )
+        copies = learned.make(block, generator)
+        if self.files is not None:
+            self.files.save(block, learned, meta, copies)
+        summary = {
+            "seconds": round(meta.seconds, 2),
+            "distance": copies.distance,
+            "similarity": copies.similarity,
+        }
+        return self.walker.with_copies(block, copies.images), summary
+
+    def _losses(self, block: Block, data: BlockData) -> dict[str, float]:
+        """Reconstruction loss after learning by image set: how far the block overfits."""
+        losses = {"originals": probe_loss(block, data, _probe(len(data)))}
+        losses["trained"] = probe_loss(block, data, _probe(len(data.float_stream)))
+        held_back = self.walker.held_back_data(block)
+        if held_back is not None:
+            losses["held_back"] = probe_loss(block, held_back, _probe(len(held_back)))
+        return losses
+
+
+def _probe(count: int) -> Tensor:
+    """Up to 256 images spread over ``count``."""
+    return torch.linspace(0, count - 1, min(count, PROBE_IMAGES)).round().long()
 
 
 def pick_device(name: str) -> torch.device:

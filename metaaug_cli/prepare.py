@@ -5,6 +5,9 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from metaaug_cli.augment_kinds import AUTO, LEARNED, NONE, learned_part
+from metaaug_cli.augmenter import AugmenterSpec
+from metaaug_cli.bilevel import MetaSchedule
 from metaaug_cli.blocks import Chain, build_chain
 from metaaug_cli.capture import capture
 from metaaug_cli.config import Recipe
@@ -16,6 +19,10 @@ from metaaug_cli.reconstruct import Schedule, rate_factor
 _LEARNS_WEIGHT_SCALE = {"genie"}
 _LEARNS_ACT_SCALE = {"brecq", "qdrop", "genie"}
 _DROPS = {"qdrop", "genie"}
+_RATES = {"unet": 5e-6, "residual": 1e-3, "policy": 5e-3}
+_PUBLISHED_META_STEPS = 500
+_EPSILON_W2A2, _EPSILON = 0.3, 0.1
+_FEW_BITS = 2
 
 
 def prepare_chain(program: nn.Module | ExportedProgram, input_size: tuple[int, ...], recipe: Recipe) -> Chain:
@@ -86,4 +93,50 @@ def schedule_of(recipe: Recipe) -> Schedule:
         beta_end=r.beta_end,
         learn_weight_scale=r.method in _LEARNS_WEIGHT_SCALE,
         learn_act_scale=r.method in _LEARNS_ACT_SCALE,
+    )
+
+
+def augmentation_kind(recipe: Recipe) -> str:
+    """The recipe's kind with ``auto`` resolved: the learned augmenter at 2 bits, nothing above."""
+    kind = recipe.augmentation.kind
+    if recipe.reconstruction.method == "nearest":
+        return NONE
+    if kind != AUTO:
+        return kind
+    q = recipe.quantization
+    return LEARNED if min(q.weight_bits, q.act_bits) <= _FEW_BITS else NONE
+
+
+def learns_augmenter(recipe: Recipe) -> bool:
+    """Whether the run teaches an augmenter."""
+    return learned_part(augmentation_kind(recipe))[0]
+
+
+def augmenter_of(recipe: Recipe) -> AugmenterSpec:
+    """The augmenter's form and bounds, with ``auto`` resolved."""
+    m, q = recipe.metaaug, recipe.quantization
+    fewest = max(q.weight_bits, q.act_bits) <= _FEW_BITS
+    epsilon = (_EPSILON_W2A2 if fewest else _EPSILON) if m.epsilon == "auto" else m.epsilon
+    return AugmenterSpec(m.form, m.base_width, epsilon, m.distance)
+
+
+def meta_schedule_of(recipe: Recipe) -> MetaSchedule:
+    """The recipe's outer steps for one block."""
+    m = recipe.metaaug
+    rate = _RATES[m.form] * (_PUBLISHED_META_STEPS / m.steps if m.form == "unet" else 1.0)
+    return MetaSchedule(
+        steps=m.steps,
+        batch_size=m.batch_size,
+        val_batch_size=m.val_batch_size,
+        lr=rate if m.lr == "auto" else m.lr,
+        grad_clip=m.grad_clip,
+        val_weight=m.val_weight,
+        margin_weight=m.margin_weight,
+        preserve_weight=m.preserve_weight,
+        preservation=m.preservation,
+        two_sided=m.distance == "margin",
+        inner=m.inner,
+        inner_rate=m.inner_rate,
+        restart_every=m.restart_every,
+        balanced=m.balance,
     )

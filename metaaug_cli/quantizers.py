@@ -129,6 +129,7 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.tensor(0.0))
         self.quant_prob = 1.0
         self.generator: torch.Generator | None = None
+        self.twice_differentiable = False
 
     base_scale: Tensor
     relative_scale: nn.Parameter
@@ -158,6 +159,8 @@ class ActivationQuantizer(nn.Module):
         if self.quant_prob >= 1.0:
             return fake_quantize(x, self.scale, self.zero_point, self.bits)
         mask = drop_mask(x, self.quant_prob, self.generator)
+        if self.twice_differentiable:
+            return torch.lerp(x, fake_quantize(x, self.scale, self.zero_point, self.bits), mask)
         return drop_fake_quantize(x, self.scale, self.zero_point, self.bits, mask)
 
     def state(self) -> dict[str, Tensor]:

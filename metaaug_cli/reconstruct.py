@@ -19,9 +19,9 @@ from metaaug_cli.losses import annealed_beta, reconstruction_loss, rounding_regu
 PUBLISHED_ITERATIONS = 20_000
 _RATE_BUDGET = 5_000
 _LARGEST_RATE_FACTOR = 25.0
-_LEAST_RELATIVE_SCALE = 0.05
+LEAST_RELATIVE_SCALE = 0.05
 _CURVE_POINTS = 100
-_PROBE_IMAGES = 256
+PROBE_IMAGES = 256
 
 Tick = Callable[[int, int], None]
 
@@ -59,12 +59,18 @@ class Schedule:
 
 @dataclass
 class BlockHistory:
-    """What learning a block did: reconstruction loss before and after, and the training curve."""
+    """What learning a block did: reconstruction loss before and after, and the training curve.
+
+    ``losses`` holds the loss after learning by image set: ``trained`` (originals and copies), ``originals``
+    and, where images were held back, ``held_back``; ``augmentation`` what the learned augmenter was like.
+    """
 
     loss_before: float
     loss_after: float
     seconds: float = 0.0
     curve: list[tuple[int, float]] = field(default_factory=list)
+    losses: dict[str, float] = field(default_factory=dict)
+    augmentation: dict[str, float] = field(default_factory=dict)
 
 
 def rate_factor(iterations: int) -> float:
@@ -91,12 +97,12 @@ def reconstruct_block(
         Losses before (searched scales, nearest rounding) and after, on up to 256 images, and the curve.
     """
     started = time.monotonic()
-    probe = torch.arange(min(len(data), _PROBE_IMAGES))
+    probe = torch.arange(min(len(data), PROBE_IMAGES))
     before = probe_loss(block, data, probe)
     if schedule.iterations == 0:
         return BlockHistory(before, before, time.monotonic() - started)
     learner = _Learner(block, data, schedule, generator)
-    with _training(block, schedule.quant_prob, learner.drops):
+    with training(block, schedule.quant_prob, learner.drops):
         curve = learner.run(tick)
     after = probe_loss(block, data, probe)
     return BlockHistory(before, after, time.monotonic() - started, curve)
@@ -125,7 +131,7 @@ def training_step_runs(block: Block, inputs: Values, schedule: Schedule) -> None
     """One forward and backward pass of a training step, for timing; changes nothing."""
     drops = torch.Generator(device=inputs[0].device).manual_seed(0)
     targets = block.float_block(*inputs)
-    with _training(block, schedule.quant_prob, drops):
+    with training(block, schedule.quant_prob, drops):
         outputs = block.quantized_block(*mix(inputs, inputs, schedule.quant_prob, drops))
         kept = [outputs[i] for i in block.computed], [targets[i] for i in block.computed]
         regularizer = rounding_regularizer([q.rounding() for q in block.weights.values()], schedule.beta_end)
@@ -198,12 +204,12 @@ class _Learner:
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_clamp_min_(self.scales, _LEAST_RELATIVE_SCALE)
+            torch._foreach_clamp_min_(self.scales, LEAST_RELATIVE_SCALE)
         return reconstruction.detach()
 
 
 @contextmanager
-def _training(block: Block, quant_prob: float, drops: torch.Generator) -> Iterator[None]:
+def training(block: Block, quant_prob: float, drops: torch.Generator) -> Iterator[None]:
     """Soft rounding and dropping inside the block; hard and undropped again afterwards."""
     for weight in block.weights.values():
         weight.soft = True

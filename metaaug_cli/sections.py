@@ -24,6 +24,11 @@ class Calibration(Section):
     num: int = Field(
         default=1024, ge=1, description="Images to draw, balanced over classes; fewer if fewer exist."
     )
+    holdout: int = Field(
+        default=0,
+        ge=0,
+        description="Of these, images kept out of learning to measure how far the blocks overfit the others.",
+    )
 
 
 class PreprocessingOverrides(Section):
@@ -202,3 +207,69 @@ class Augmentation(Section):
         if self.kind == "none":
             return 0
         return self.copies if isinstance(self.copies, int) else max(1, min(8, 2048 // max(images, 1)))
+
+
+class MetaAug(Section):
+    """How the learned augmenter T is built and taught; used where `augmentation.kind` names `metaaug`."""
+
+    form: Literal["unet", "residual", "policy"] = Field(
+        default="residual",
+        description="`unet` as published, warmed up to reproduce its input; `residual` adds the UNet's "
+        "output, zero at first, to the image; `policy` learns strengths of geometric, colour and mixing "
+        "operations.",
+    )
+    base_width: int = Field(
+        default=16, ge=1, le=256, description="Channels of the UNet's first level; 64 in the paper."
+    )
+    warmup_steps: int = Field(
+        default=500, ge=1, description="Steps in which a `unet` learns to reproduce the images."
+    )
+    steps: int = Field(default=500, ge=1, description="Outer steps for each block.")
+    batch_size: int = Field(default=32, ge=2, description="Images that T changes in a step.")
+    val_batch_size: int = Field(
+        default=64, ge=2, description="Original images on which the updated block is validated."
+    )
+    lr: Literal["auto"] | Positive = Field(
+        default="auto",
+        description="Adam's rate for T; `auto` is the published 5e-6 for a `unet`, more for others.",
+    )
+    grad_clip: Positive = Field(default=0.1, description="Largest norm of T's gradient.")
+    epsilon: Literal["auto"] | Positive = Field(
+        default="auto",
+        description="Distance of T(x) from x: mean squared difference as a share of the images' variance; "
+        "`auto` is 0.3 for W2A2 and 0.1 above, as published.",
+    )
+    distance: Literal["projection", "margin", "published"] = Field(
+        default="projection",
+        description="`projection` draws T(x) back to at most epsilon; `margin` punishes any other distance; "
+        "`published` only punishes less.",
+    )
+    val_weight: NotNegative = Field(default=5.0, description="Weight of the validation term, lambda 1.")
+    margin_weight: NotNegative = Field(default=0.5, description="Weight of the margin, lambda 2.")
+    preserve_weight: NotNegative = Field(
+        default=3e4, description="Weight of the preservation term, lambda 3."
+    )
+    preservation: Literal["dp", "kl", "mse"] = Field(
+        default="dp",
+        description="What T(x) has to preserve: `dp` the similarities between the images' features, `kl` the "
+        "predictions, `mse` the features.",
+    )
+    inner: Literal["adam-fresh", "preconditioned", "sgd"] = Field(
+        default="preconditioned",
+        description="The inner step: `adam-fresh` as released, whose validation gradient all but vanishes; "
+        "`preconditioned` and `sgd` keep it alive.",
+    )
+    inner_rate: Positive = Field(
+        default=1.0, description="Factor on the block's learning rates in the inner step."
+    )
+    restart_every: int = Field(
+        default=1,
+        ge=1,
+        description="Inner steps before the block returns to its start: T learns from that much of its "
+        "learning.",
+    )
+    balance: bool = Field(
+        default=True,
+        description="Give each term's gradient at T(x) the same norm before the weights apply; off as "
+        "published.",
+    )

@@ -65,6 +65,16 @@ NumOpt = Annotated[
         "--num", metavar="N", min=1, help="Images to draw, 1024 if not set.", rich_help_panel=DATA_PANEL
     ),
 ]
+HoldoutOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--holdout",
+        metavar="N",
+        min=0,
+        help="Of them, images to learn nothing from, to measure how far the blocks overfit the others.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
 OutOpt = Annotated[
     Path | None,
     typer.Option(
@@ -181,6 +191,7 @@ def quantize(
     std: StdOpt = None,
     interpolation: InterpolationOpt = None,
     num: NumOpt = None,
+    holdout: HoldoutOpt = None,
     recipe: RecipeOpt = None,
     wbits: WBitsOpt = None,
     abits: ABitsOpt = None,
@@ -207,6 +218,7 @@ def quantize(
     console = Console(quiet=quiet, json=json)
     flags = {
         "calibration.num": num,
+        "calibration.holdout": holdout,
         "quantization.weight_bits": wbits,
         "quantization.act_bits": abits,
         "quantization.placement": placement,
@@ -248,6 +260,7 @@ def quantize(
 
 _FLAG_OF = {
     "calibration.num": "--num",
+    "calibration.holdout": "--holdout",
     "quantization.weight_bits": "--wbits",
     "quantization.act_bits": "--abits",
     "quantization.placement": "--placement",
@@ -347,6 +360,7 @@ def _run(
     resume: bool,
 ) -> None:
     from metaaug_cli.cli.run_progress import RunProgress
+    from metaaug_cli.cli.run_view import show_result
     from metaaug_cli.pipeline import quantize as quantize_network
 
     with console.progress("quantizing") as tick:
@@ -362,21 +376,4 @@ def _run(
             command=f"metaaug {shlex.join(sys.argv[1:])}",
             progress=progress,
         )
-    q = recipe.quantization
-    console.table(
-        f"W{q.weight_bits}A{q.act_bits} {recipe.reconstruction.method}, {q.placement} placement: "
-        "error of each block against float",
-        ["block", "before", "after"],
-        [
-            (b.name, f"{h.loss_before:.4g}", f"{h.loss_after:.4g}")
-            for b, h in zip(result.chain.blocks, result.histories, strict=True)
-        ],
-    )
-    agreement = result.metrics["calibration_agreement"]
-    console.result(
-        f"top-1 agreement with float on {result.metrics['calibration_agreement_images']} calibration images: "
-        f"{100 * agreement:.1f} % (images it was fitted on; measure on others with evaluate)"
-    )
-    console.result(f"run directory: {run_dir}")
-    console.note(f"next: metaaug evaluate {run_dir} --data DIR\n      metaaug export {run_dir} -o model.onnx")
-    console.data({"run": str(run_dir), **result.metrics})
+    show_result(console, recipe, result, run_dir)

@@ -10,6 +10,7 @@ from metaaug_cli.cli.console import Console, ProgressCallback, format_seconds
 if TYPE_CHECKING:
     from metaaug_cli.blocks import Block
     from metaaug_cli.reconstruct import BlockHistory
+    from metaaug_cli.warmup import WarmUp
 
 
 class RunProgress:
@@ -29,6 +30,17 @@ class RunProgress:
     def planned(self, blocks: int, steps_per_block: int) -> None:
         """How much there is to do."""
         self.blocks, self.steps = blocks, max(steps_per_block, 1)
+
+    def warming_up(self, done: int, total: int) -> None:
+        """One step of the augmenter's warm-up is done."""
+        self.tick(done, total, "warming up the augmenter")
+
+    def warmed_up(self, warmup: WarmUp) -> None:
+        """The augmenter reproduces its input, as well as this says."""
+        how = "from an earlier run" if warmup.cached else f"{warmup.steps} steps"
+        self.console.note(
+            f"augmenter    reproduces the images up to {warmup.error:.2%} of their variance, {how}"
+        )
 
     def step(self, block: Block, done: int, total: int) -> None:
         """One optimizer step is done."""

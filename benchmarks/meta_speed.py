@@ -1,0 +1,148 @@
+"""Seconds of one outer step against the same step done the obvious way: ``python benchmarks/meta_speed.py``.
+
+The obvious way computes what the method says, each time anew: the whole quantized network is copied for
+the inner step, both networks run from the image to the logits, and the float network's views of the
+original images and the validation images' way to the block are computed in every step. Both ways run in
+one process in turn and must give the same outer gradients. Rewrites benchmarks/results/meta_speed.jsonl;
+wants an idle machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from common import RESULTS, Subject, machine, mobilenet, resnet20
+from torch import Tensor
+
+from metaaug_cli.bilevel import BiLevel, MetaSchedule, Outer, inner_mode
+from metaaug_cli.blocks import Block, search_activation_scales
+from metaaug_cli.config import Recipe
+from metaaug_cli.data import load_calibration_set
+from metaaug_cli.memory import keep_freed_memory, peak_memory_mib
+from metaaug_cli.passes import Passes
+from metaaug_cli.prepare import prepare_chain, schedule_of
+from metaaug_cli.reconstruct import Schedule
+
+_ROUNDS = 5
+_SCHEDULE = MetaSchedule(inner="preconditioned")
+_SUBJECTS: list[tuple[Callable[[], Subject], int, int, tuple[int, ...]]] = [
+    (resnet20, 32, 64, (1, 4, 9)),
+    (mobilenet, 8, 16, (2, 8)),
+]
+_RADIUS = 0.3
+
+
+@dataclass
+class Step:
+    """One outer step's inputs: originals, T(x) and validation images."""
+
+    block: Block
+    passes: Passes
+    inner: Schedule
+    x: Tensor
+    made: Tensor
+    validation: Tensor
+
+    def ours(self) -> Callable[[], Outer]:
+        """The step as the tool does it: views and the validation images' prefix come from a cache."""
+        with torch.no_grad():
+            _, h_val = self.passes.prefixes(self.validation, self.block.index)
+            views, val_views = self.passes.rest((self.x,), 0), self.passes.rest((self.validation,), 0)
+
+        def step() -> Outer:
+            return self._outer(self.passes, self.block, views, h_val, val_views)
+
+        return step
+
+    def obvious(self) -> Outer:
+        """The same step with nothing cached, on a copy of the whole quantized network."""
+        blocks = copy.deepcopy(self.passes.blocks)
+        passes, block = Passes(blocks), blocks[self.block.index]
+        views, val_views = passes.rest((self.x,), 0), passes.rest((self.validation,), 0)
+        passes.prefixes(self.made.clone().requires_grad_(), len(blocks))  # hooks see the block on the way
+        _, h_val = passes.prefixes(self.validation, block.index)
+        return self._outer(passes, block, views, h_val, val_views)
+
+    def _outer(self, passes: Passes, block: Block, views: object, h_val: object, val_views: object) -> Outer:
+        drops = torch.Generator().manual_seed(0)
+        with inner_mode(block, self.inner.quant_prob, drops):
+            level = BiLevel(block, passes, self.inner, _SCHEDULE, _RADIUS, drops)
+            return level.outer(self.x, self.made.clone(), views, h_val, val_views)  # type: ignore[arg-type]
+
+
+def steps_of(subject: Subject, batch: int, validation: int, chosen: tuple[int, ...]) -> list[Step]:
+    """The chosen blocks of one network at W2A2, academic placement, earlier blocks frozen."""
+    recipe = Recipe().override(
+        ["quantization.weight_bits=2", "quantization.act_bits=2", "quantization.placement=academic"]
+    )
+    images = load_calibration_set(
+        subject.calib, preprocessing=subject.model.preprocessing, num=batch + validation, seed=0
+    ).images
+    size = images.shape[1:]
+    chain = prepare_chain(subject.model.module, tuple(size), recipe)
+    passes, values = Passes(chain.blocks), (images[:batch],)
+    with torch.no_grad():
+        for block in chain.blocks:
+            search_activation_scales(block, values)
+            values = block.quantized_block(*values)
+    x, steps = images[:batch], []
+    made = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    for index in chosen:
+        steps.append(Step(chain.blocks[index], passes, schedule_of(recipe), x, made, images[batch:]))
+    return steps
+
+
+def measure(step: Step) -> dict[str, object]:
+    """Median seconds of both ways, in turn, and how far their gradients are apart."""
+    for block in step.passes.blocks:
+        learns = block.index >= step.block.index
+        block.quantized_block.requires_grad_(learns)
+    ours = step.ours()
+    ways: dict[str, Callable[[], Outer]] = {"ours": ours, "obvious": step.obvious}
+    gradients = {name: way().gradients for name, way in ways.items()}
+    difference = max(
+        float((a - b).norm() / b.norm().clamp(min=1e-20))
+        for a, b in zip(gradients["ours"], gradients["obvious"], strict=True)
+    )
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(_ROUNDS):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+    found = {name: median(values) for name, values in seconds.items()}
+    return {
+        "block": step.block.name,
+        "batch": len(step.x),
+        "validation": len(step.validation),
+        "seconds": round(found["ours"], 4),
+        "seconds_obvious": round(found["obvious"], 4),
+        "ratio": round(found["obvious"] / found["ours"], 2),
+        "gradient_difference": difference,
+        "peak_memory_mib": peak_memory_mib(),
+        "machine": machine(),
+    }
+
+
+def main() -> None:
+    """Measure every chosen block."""
+    keep_freed_memory()
+    lines = []
+    for load, batch, validation, chosen in _SUBJECTS:
+        subject = load()
+        for step in steps_of(subject, batch, validation, chosen):
+            line = {"model": subject.name, **measure(step)}
+            lines.append(line)
+            print(line, flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "meta_speed.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

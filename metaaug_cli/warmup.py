@@ -1,0 +1,148 @@
+"""Warming up the published augmenter: a UNet has to reproduce its input before it may change it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn import functional as F
+
+from metaaug_cli.augmenter import Augmenter, augment, image_variance
+from metaaug_cli.errors import MetaAugError
+from metaaug_cli.files import write_atomically
+
+LARGEST_ERROR = 0.1
+_RECIPE_VERSION = 1  # raise when the warm-up's arithmetic changes: cached ones are then not used
+_RATE = 2e-3
+_BATCH = 32
+_LEAST_CROP = 0.5  # of the side
+_logger = logging.getLogger(__name__)
+
+Tick = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """How well T reproduces the calibration images: mean (T(x) - x)^2 as a share of their variance."""
+
+    error: float
+    steps: int
+    cached: bool
+
+
+def warm_up(
+    augmenter: Augmenter, images: Tensor, *, steps: int, seed: int, sha256: str, tick: Tick | None = None
+) -> WarmUp:
+    """Train ``augmenter.network`` to reproduce ``images`` (N, C, H, W) and random crops of them.
+
+    A warm-up made earlier for the same images, shape, seed and steps is taken from the cache.
+
+    Raises:
+        MetaAugError: T has not learned the identity.
+    """
+    path = _cache_path(augmenter, sha256, steps, seed)
+    cached = _load(augmenter, path)
+    if not cached:
+        _train(augmenter, images, steps, seed, tick)
+    augmenter.eval().requires_grad_(requires_grad=True)
+    error = identity_error(augmenter, images)
+    _logger.info("warm-up of the augmenter: error %.4f of the images' variance", error)
+    if error > LARGEST_ERROR:
+        raise MetaAugError(
+            f"the augmenter has not learned to reproduce its input: error {error:.3f} of the images' "
+            f"variance after {steps} steps, at most {LARGEST_ERROR} is allowed",
+            hint="raise metaaug.warmup_steps, or use metaaug.form=residual, which needs no warm-up",
+        )
+    if not cached:
+        _save(augmenter, path)
+    return WarmUp(error, steps, cached)
+
+
+@torch.no_grad()
+def identity_error(augmenter: Augmenter, images: Tensor) -> float:
+    """Mean (network(x) - x)^2 over the variance of the images, without the distance constraint."""
+    device = augmenter.low.device
+    total = 0.0
+    for part in images.split(64):
+        x = part.to(device)
+        total += float((augmenter.network(x) - x).square().mean()) * len(part)
+    return total / len(images) / max(image_variance(images), 1e-12)
+
+
+def _train(augmenter: Augmenter, images: Tensor, steps: int, seed: int, tick: Tick | None) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    device = augmenter.low.device
+    augmenter.train()
+    optimizer = torch.optim.Adam(augmenter.network.parameters(), lr=_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    for step in range(steps):
+        chosen = torch.randint(len(images), (min(_BATCH, 2 * len(images)),), generator=generator)
+        x = _crops(images[chosen], generator).to(device)
+        loss = (augmenter.network(x) - x).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if tick is not None:
+            tick(step + 1, steps)
+    augmenter.eval()
+
+
+def _crops(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the batch as it is, half cut out at one random place and size and resized."""
+    half = len(images) // 2
+    if half == 0:
+        return images
+    height, width = images.shape[2:]
+    share, top, left = torch.rand(3, generator=generator).tolist()
+    share = _LEAST_CROP + (1 - _LEAST_CROP) * share
+    h, w = max(1, round(share * height)), max(1, round(share * width))
+    y, x = round(top * (height - h)), round(left * (width - w))
+    part = images[:half, :, y : y + h, x : x + w]
+    part = F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)
+    return torch.cat([part, images[half:]])
+
+
+def cache_directory() -> Path:
+    """Where warm-ups are kept: ``$METAAUG_CACHE``, else ``metaaug`` in the user's cache directory."""
+    chosen = os.environ.get("METAAUG_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaaug"
+
+
+def _cache_path(augmenter: Augmenter, sha256: str, steps: int, seed: int) -> Path:
+    shapes = {name: list(value.shape) for name, value in augmenter.network.state_dict().items()}
+    device = augmenter.low.device.type
+    key = [_RECIPE_VERSION, asdict(augmenter.spec), shapes, sha256, steps, seed, device, torch.__version__]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return cache_directory() / "warmup" / f"{name}.safetensors"
+
+
+def _load(augmenter: Augmenter, path: Path) -> bool:
+    try:
+        augmenter.network.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError):
+        return False
+    return True
+
+
+def _save(augmenter: Augmenter, path: Path) -> None:
+    state = {name: value.cpu().contiguous() for name, value in augmenter.network.state_dict().items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save(state))
+    except OSError as error:
+        _logger.warning("the warm-up is not kept for later runs: %s", error)
+
+
+__all__ = ["LARGEST_ERROR", "WarmUp", "augment", "cache_directory", "identity_error", "warm_up"]
