@@ -1,11 +1,9 @@
 """Exported networks that several tests read."""
 
-import importlib.util
-import sys
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 
+import deployed_networks
 import pytest
 
 from metaaug_cli.export import export_onnx
@@ -15,12 +13,7 @@ from metaaug_cli.manifest import Manifest
 @pytest.fixture(scope="session")
 def networks() -> ModuleType:
     """Small deployed networks, ``deployed_networks.py``."""
-    name = "deployed_networks"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return deployed_networks
 
 
 @pytest.fixture(scope="session")
