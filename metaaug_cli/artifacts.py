@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -266,7 +266,6 @@ class Run:
     path: Path
     info: dict[str, Any]
     recipe: Recipe
-    _ready: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -372,8 +371,3 @@ def _read_recipe(path: Path, sha256: str) -> Recipe:
     if recipe.sha256() != sha256:
         raise InputError(f"{path} is not the recipe this run was made with", hint=_REPAIR)
     return recipe
-
-
-def log_path(run_dir: Path) -> Path:
-    """The run's log file."""
-    return run_dir / LOG_FILE

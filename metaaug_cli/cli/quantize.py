@@ -322,8 +322,10 @@ def _without_resume(arguments: list[str]) -> list[str]:
 @contextmanager
 def _log_file(run_dir: Path) -> Iterator[None]:
     """Keep the library's log in the run directory."""
+    from metaaug_cli.artifacts import LOG_FILE
+
     run_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+    handler = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("metaaug_cli")
     logger.addHandler(handler)
