@@ -306,8 +306,8 @@ class Run:
         return self.chain.module
 
     @cached_property
-    def simulated_module(self) -> fx.GraphModule:
-        """The deployed network in PyTorch."""
+    def deployed_module(self) -> fx.GraphModule:
+        """The deployed network as it is exported; ``IntegerSimulation`` runs it as integer hardware does."""
         from metaaug_cli.deploy import deploy
 
         return deploy(self.chain)
@@ -319,9 +319,7 @@ class Run:
         if not path.exists():
             from metaaug_cli.export import export_onnx
 
-            export_onnx(
-                self.simulated_module, input_size=self.input_size, path=path, manifest=self.manifest()
-            )
+            export_onnx(self.deployed_module, input_size=self.input_size, path=path, manifest=self.manifest())
         return path
 
     def manifest(self) -> Manifest:

@@ -26,6 +26,7 @@ from metaaug_cli.memory import peak_memory_mib
 from metaaug_cli.models import LoadedModel
 from metaaug_cli.prepare import prepare_chain, schedule_of
 from metaaug_cli.reconstruct import BlockHistory, reconstruct_block
+from metaaug_cli.simulation import IntegerSimulation
 
 _logger = logging.getLogger(__name__)
 _SCALE_SEARCH_IMAGES = 64
@@ -269,9 +270,9 @@ def _metrics(
     chain: Chain, histories: list[BlockHistory], images: Tensor, deployed: fx.GraphModule, seconds: float
 ) -> dict[str, Any]:
     """What a run measured of itself; the agreement is on images the network was fitted on."""
-    shown = images[:_AGREEMENT_IMAGES]
+    shown, simulation = images[:_AGREEMENT_IMAGES], IntegerSimulation(deployed)
     same = [
-        (chain.module(part).argmax(-1) == deployed(part).argmax(-1)).float()
+        (chain.module(part).argmax(-1) == simulation(part).argmax(-1)).float()
         for part in shown.split(_AGREEMENT_BATCH)
     ]
     return {

@@ -15,6 +15,7 @@ import yaml
 from metaaug_cli import demo
 from metaaug_cli.artifacts import load_run, read_info
 from metaaug_cli.cli.app import main
+from metaaug_cli.simulation import IntegerSimulation
 
 COMMAND = [sys.executable, "-m", "metaaug_cli"]
 
@@ -103,9 +104,8 @@ def test_the_quantized_network_still_reads_digits(finished):
     pixels = torch.from_numpy(test.images[:200]).float()[:, None] / 255
     x, labels = (pixels - demo.MEAN) / demo.STD, torch.from_numpy(test.labels[:200])
     with torch.no_grad():
-        accuracy = [
-            float((m(x).argmax(1) == labels).float().mean()) for m in (run.float_module, run.simulated_module)
-        ]
+        versions = (run.float_module, IntegerSimulation(run.deployed_module))
+        accuracy = [float((m(x).argmax(1) == labels).float().mean()) for m in versions]
     assert accuracy[0] > 0.95
     assert accuracy[1] > accuracy[0] - 0.05
 
