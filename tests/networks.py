@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from metaaug_cli.blocks import build_chain, search_activation_scales
 from metaaug_cli.capture import capture
+from metaaug_cli.deploy import deploy
 from metaaug_cli.placement import Bits, Placement, place
 
 SIZE = (3, 8, 8)
@@ -193,6 +195,17 @@ def placed(
     module: torch.fx.GraphModule, kind: str = "integer", *, bits: Bits | None = None, **options
 ) -> Placement:
     return place(module.graph, kind=kind, bits=bits or Bits(weight=4, act=4), **options)
+
+
+def deployed(network: nn.Module, calibration: Tensor, bits: Bits) -> torch.fx.GraphModule:
+    """A network with searched scales, every tensor on integers."""
+    module = capture(network, tuple(calibration.shape[1:]))
+    chain = build_chain(module, placed(module, bits=bits))
+    values = (calibration,)
+    for block in chain.blocks:
+        search_activation_scales(block, values)
+        values = block.quantized_block(*values)
+    return deploy(chain)
 
 
 def targets(module: torch.fx.GraphModule) -> list[str]:
