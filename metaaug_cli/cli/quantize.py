@@ -205,15 +205,15 @@ def quantize(
     """
     console = Console(quiet=quiet, json=json)
     flags = {
-        "calibration.num": num,
-        "quantization.weight_bits": wbits,
-        "quantization.act_bits": abits,
-        "quantization.placement": placement,
-        "augmentation.kind": augment,
-        "reconstruction.method": method,
-        "reconstruction.iterations": iterations,
-        "reconstruction.batch_size": batch,
-        "seed": seed,
+        "--num": ("calibration.num", num),
+        "--wbits": ("quantization.weight_bits", wbits),
+        "--abits": ("quantization.act_bits", abits),
+        "--placement": ("quantization.placement", placement),
+        "--augment": ("augmentation.kind", augment),
+        "--method": ("reconstruction.method", method),
+        "--iterations": ("reconstruction.iterations", iterations),
+        "--batch": ("reconstruction.batch_size", batch),
+        "--seed": ("seed", seed),
     }
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {device} is not a device", hint="use --device auto, cpu or cuda")
@@ -245,30 +245,18 @@ def quantize(
         _run(console, loaded, calibration, resolved, run_dir, device=device, cache_gb=cache_gb, resume=resume)
 
 
-_FLAG_OF = {
-    "calibration.num": "--num",
-    "quantization.weight_bits": "--wbits",
-    "quantization.act_bits": "--abits",
-    "quantization.placement": "--placement",
-    "reconstruction.method": "--method",
-    "reconstruction.iterations": "--iterations",
-    "reconstruction.batch_size": "--batch",
-    "augmentation.kind": "--augment",
-    "seed": "--seed",
-}
-
-
-def _resolve_recipe(name: str | None, flags: dict[str, Any], assignments: list[str]) -> Recipe:
+def _resolve_recipe(name: str | None, flags: dict[str, tuple[str, Any]], assignments: list[str]) -> Recipe:
+    """The recipe with the flags, which give (field, value or None), and then ``--set`` on top."""
     from metaaug_cli.config import Recipe, load_recipe
 
     recipe = load_recipe(name) if name else Recipe()
-    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    given = [f"{key}={value}" for key, value in flags.values() if value is not None]
     try:
         recipe = recipe.override(given, where="flags")
     except RecipeError as error:
         text = error.message
-        for key in flags:
-            text = text.replace(f"{key}:", f"{_FLAG_OF[key]}:")
+        for flag, (key, _) in flags.items():
+            text = text.replace(f"{key}:", f"{flag}:")
         raise UsageError(text, hint="metaaug quantize --help shows every option, with examples") from None
     return recipe.override(assignments)
 
