@@ -108,6 +108,19 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was begun here; one that failed before its first block leaves only a log."""
+        return (self.path / RUN_FILE).exists()
+
+    def is_free(self) -> bool:
+        """Whether a new run can be written here."""
+        try:
+            self.require_free(resume=False)
+        except UsageError:
+            return False
+        return True
+
     def require_free(self, *, resume: bool) -> None:
         """Fail early where a run could not be written, or would land among files that are not its own.
 
@@ -117,7 +130,7 @@ class RunDirectory:
         other = "choose another --out"
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--out {self.path} is a file", hint=other)
-        if (self.path / RUN_FILE).exists():
+        if self.holds_run:
             if not resume:
                 raise UsageError(
                     f"{self.path} already holds a run", hint=f"continue it with --resume, or {other}"
@@ -138,7 +151,7 @@ class RunDirectory:
         """
         self.require_free(resume=resume)
         done = 0
-        if (self.path / RUN_FILE).exists():
+        if self.holds_run:
             self._require_same(info.fingerprint)
             done = self._done(info.blocks)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shlex
 import sys
@@ -223,7 +224,7 @@ def quantize(
     )
 
     if out is not None and not plan:
-        _require_free(out, resume=resume)
+        _require_free(console, out, resume=resume)
 
     from metaaug_cli.memory import keep_freed_memory
     from metaaug_cli.models import load_model
@@ -284,23 +285,31 @@ def _show_inputs(console: Console, loaded: LoadedModel, calibration: Calibration
         console.warn("\n".join([f"{len(calibration.skipped)} unreadable files skipped:", *named]))
 
 
-def _require_free(out: Path, *, resume: bool) -> None:
+def _require_free(console: Console, out: Path, *, resume: bool) -> None:
     from metaaug_cli.artifacts import RunDirectory
 
-    RunDirectory(out).require_free(resume=resume)
+    directory = RunDirectory(out)
+    directory.require_free(resume=resume)
+    if resume and not directory.holds_run:
+        console.note(f"--resume: there is no run in {out} yet, so this one starts afresh")
 
 
 def _run_directory(out: Path | None, name: str, recipe: Recipe, *, resume: bool) -> Path:
-    """``--out``, or ``runs/MODEL-wWaA`` with a number where that name is taken."""
+    """``--out``, or ``runs/MODEL-wWaA`` with a number where that is taken; to resume, the last of them."""
+    from metaaug_cli.artifacts import RunDirectory
+
     if out is not None:
         return out
     bits = recipe.quantization
     base = Path("runs") / f"{name.replace('/', '_')}-w{bits.weight_bits}a{bits.act_bits}"
-    candidates = [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 10_000))]
-    free = next(i for i, path in enumerate(candidates) if not path.exists())
-    if resume and free == 0:
+    numbered = (base.with_name(f"{base.name}-{n}") for n in itertools.count(2))
+    candidates = map(RunDirectory, itertools.chain([base], numbered))
+    if not resume:
+        return next(directory.path for directory in candidates if directory.is_free())
+    runs = [d.path for d in itertools.takewhile(lambda d: d.path.exists(), candidates) if d.holds_run]
+    if not runs:
         raise UsageError(f"--resume: there is no run in {base}", hint="name the run directory with --out")
-    return candidates[free - 1 if resume else free]
+    return runs[-1]
 
 
 def _without_resume(arguments: list[str]) -> list[str]:
