@@ -46,37 +46,65 @@ class Subject:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Network:
+    """A network of ``SHARED`` and the images it is trained for.
+
+    Args:
+        name: In results.
+        factory: ``FILE.py:FACTORY`` below ``models``; ``weights`` lies beside it.
+        data: Folder below ``data``, with calibration images in ``calib`` and class names in ``classes.txt``.
+        test: Folder of evaluation images beside ``calib``.
+    """
+
+    name: str
+    factory: str
+    weights: str
+    data: str
+    test: str
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def load(self, weights: str | None = None) -> LoadedModel:
+        """The trained network, or one with other ``weights``, such as "random"."""
+        return load_model(
+            f"{SHARED}/models/{self.factory}",
+            weights=weights or SHARED / "models" / self.weights,
+            size=self.size,
+            mean=self.mean,
+            std=self.std,
+        )
+
+    def subject(self) -> Subject:
+        """The trained network with its images."""
+        model, folder = self.load(), SHARED / "data" / self.data
+        classes = folder / "classes.txt"
+        found = scan_folder(folder / self.test, classes_file=classes)
+        check_class_count(found, len(classes.read_text(encoding="utf-8").split()))
+        images, labels = zip(*iter_labelled_batches(found, model.preprocessing), strict=True)
+        known = torch.cat([y for y in labels if y is not None])
+        return Subject(self.name, model, folder / "calib", torch.cat(images), known)
+
+
+RESNET20 = Network(
+    "resnet20", "cifar_resnet.py:resnet20", "cifar_resnet20.safetensors", "cifar10", "test",
+    32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
+)  # fmt: skip
+MOBILENET = Network(
+    "mobilenet_v1_075", "mobilenet_v1.py:mobilenet_v1_075", "mobilenet_v1_075.safetensors", "imagenet", "val",
+    224, (0.5,) * 3, (0.5,) * 3,
+)  # fmt: skip
+
+
 def resnet20() -> Subject:
     """ResNet-20 on CIFAR-10: 5 000 test images."""
-    model = load_model(
-        f"{SHARED}/models/cifar_resnet.py:resnet20",
-        weights=SHARED / "models/cifar_resnet20.safetensors",
-        size=32,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-    )
-    data = SHARED / "data/cifar10"
-    return _subject("resnet20", model, data / "calib", data / "test", data / "classes.txt")
+    return RESNET20.subject()
 
 
 def mobilenet() -> Subject:
     """MobileNet-V1 0.75 on ImageNet: 650 validation images."""
-    model = load_model(
-        f"{SHARED}/models/mobilenet_v1.py:mobilenet_v1_075",
-        weights=SHARED / "models/mobilenet_v1_075.safetensors",
-        size=224,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-    )
-    data = SHARED / "data/imagenet"
-    return _subject("mobilenet_v1_075", model, data / "calib", data / "val", data / "classes.txt")
-
-
-def _subject(name: str, model: LoadedModel, calib: Path, test: Path, classes: Path) -> Subject:
-    folder = scan_folder(test, classes_file=classes)
-    check_class_count(folder, len(classes.read_text(encoding="utf-8").split()))
-    images, labels = zip(*iter_labelled_batches(folder, model.preprocessing), strict=True)
-    return Subject(name, model, calib, torch.cat(images), torch.cat([y for y in labels if y is not None]))
+    return MOBILENET.subject()
 
 
 def quantized(subject: Subject, settings: Iterable[str], *, num: int, seed: int) -> QuantizedModel:

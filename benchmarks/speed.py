@@ -15,29 +15,26 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from common import RESULTS, SHARED, machine
+from common import MOBILENET, RESNET20, RESULTS, machine
 
 from metaaug_cli.blocks import Block, search_activation_scales
 from metaaug_cli.config import Recipe
 from metaaug_cli.memory import keep_freed_memory
-from metaaug_cli.models import load_model
 from metaaug_cli.prepare import prepare_chain, schedule_of
 from metaaug_cli.reconstruct import Schedule, training_step_runs
 
 _ROUNDS = 7
 _BATCH = 32
-_SUBJECTS = {
-    "resnet20": ("cifar_resnet.py:resnet20", 32, ("stage1.0", "stage2.0", "stage3.2")),
-    "mobilenet_v1_075": ("mobilenet_v1.py:mobilenet_v1_075", 224, ("blocks.0", "blocks.3", "blocks.9")),
+_CHOSEN = {
+    "resnet20": (RESNET20, ("stage1.0", "stage2.0", "stage3.2")),
+    "mobilenet_v1_075": (MOBILENET, ("blocks.0", "blocks.3", "blocks.9")),
 }
 
 
 def blocks_of(name: str) -> list[Block]:
     """The named blocks of one network at W4A4, integer placement."""
-    spec, size, chosen = _SUBJECTS[name]
-    half = (0.5, 0.5, 0.5)
-    model = load_model(f"{SHARED}/models/{spec}", weights="random", size=size, mean=half, std=half)
-    chain = prepare_chain(model.module, (3, size, size), Recipe())
+    network, chosen = _CHOSEN[name]
+    chain = prepare_chain(network.load("random").module, (3, network.size, network.size), Recipe())
     return [b for b in chain.blocks if b.name in chosen]
 
 
@@ -120,7 +117,7 @@ def main() -> None:
         return
     allocated = [allocator(name) for name in ("blocks.0", "blocks.3")]
     keep_freed_memory()  # as the command does
-    lines = [line for name in _SUBJECTS for line in measure(name, schedule_of(Recipe()))]
+    lines = [line for name in _CHOSEN for line in measure(name, schedule_of(Recipe()))]
     _write("speed", lines)
     _write("allocator", allocated)
 

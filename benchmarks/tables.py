@@ -6,46 +6,19 @@ both files and draws docs/images/accuracy.svg. No number in those tables is type
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from statistics import mean, median, stdev
-from typing import Any
+from statistics import mean, median
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks/results"
+import tables_deployment
+from tables_common import ROOT, Record, markdown, records, spread
+
 FILES = [ROOT / "docs/benchmarks.md", ROOT / "README.md"]
 PICTURE = ROOT / "docs/images/accuracy.svg"
 
-Record = dict[str, Any]
-
 # Genie's published code on the same network: 10 000 test images, one seed, second layer's input at 8 bits.
 AUTHORS = {"w4a4": 87.65, "w2a4": 83.21, "w2a2": 73.08}
-
-
-def records(name: str) -> list[Record]:
-    """Every line of one results file, none where it is missing."""
-    path = RESULTS / f"{name}.jsonl"
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    )
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean, and standard deviation over seeds where there are several."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{mean(values):.2f} ± {stdev(values):.2f}"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; says so where nothing is recorded."""
-    if not rows:
-        return "Not measured yet."
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _accuracy(model: str, **wanted: object) -> list[Record]:
@@ -226,6 +199,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "speed": speed,
     "memory": memory,
+    "parity": tables_deployment.parity,
+    "latency": tables_deployment.latency,
 }
 
 

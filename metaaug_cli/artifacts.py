@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -110,6 +110,19 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was begun here; one that failed before its first block leaves only a log."""
+        return (self.path / RUN_FILE).exists()
+
+    def is_free(self) -> bool:
+        """Whether a new run can be written here."""
+        try:
+            self.require_free(resume=False)
+        except UsageError:
+            return False
+        return True
+
     def require_free(self, *, resume: bool) -> None:
         """Fail early where a run could not be written, or would land among files that are not its own.
 
@@ -119,7 +132,7 @@ class RunDirectory:
         other = "choose another --out"
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--out {self.path} is a file", hint=other)
-        if (self.path / RUN_FILE).exists():
+        if self.holds_run:
             if not resume:
                 raise UsageError(
                     f"{self.path} already holds a run", hint=f"continue it with --resume, or {other}"
@@ -140,7 +153,7 @@ class RunDirectory:
         """
         self.require_free(resume=resume)
         done = 0
-        if (self.path / RUN_FILE).exists():
+        if self.holds_run:
             self._require_same(info.fingerprint)
             done = self._done(info.blocks)
         try:
@@ -275,7 +288,6 @@ class Run:
     path: Path
     info: dict[str, Any]
     recipe: Recipe
-    _ready: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -316,8 +328,8 @@ class Run:
         return self.chain.module
 
     @cached_property
-    def simulated_module(self) -> fx.GraphModule:
-        """The deployed network in PyTorch."""
+    def deployed_module(self) -> fx.GraphModule:
+        """The deployed network as it is exported; ``IntegerSimulation`` runs it as integer hardware does."""
         from metaaug_cli.deploy import deploy
 
         return deploy(self.chain)
@@ -329,9 +341,7 @@ class Run:
         if not path.exists():
             from metaaug_cli.export import export_onnx
 
-            export_onnx(
-                self.simulated_module, input_size=self.input_size, path=path, manifest=self.manifest()
-            )
+            export_onnx(self.deployed_module, input_size=self.input_size, path=path, manifest=self.manifest())
         return path
 
     def manifest(self) -> Manifest:
@@ -381,8 +391,3 @@ def _read_recipe(path: Path, sha256: str) -> Recipe:
     if recipe.sha256() != sha256:
         raise InputError(f"{path} is not the recipe this run was made with", hint=_REPAIR)
     return recipe
-
-
-def log_path(run_dir: Path) -> Path:
-    """The run's log file."""
-    return run_dir / LOG_FILE

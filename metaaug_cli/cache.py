@@ -7,7 +7,6 @@ room it is recomputed from the last point that was kept.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from metaaug_cli.stages import Stage, value_bytes
 
-_logger = logging.getLogger(__name__)
 _CHUNK = 64
 _DEFAULT_SHARE = 0.5
 

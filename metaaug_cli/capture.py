@@ -24,7 +24,6 @@ from metaaug_cli.errors import GraphError
 from metaaug_cli.graph_tools import lookup, register_buffer
 from metaaug_cli.normalize import normalize
 
-_logger = logging.getLogger(__name__)
 _LARGEST_BATCH = 1 << 16
 
 

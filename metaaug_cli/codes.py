@@ -16,7 +16,7 @@ from metaaug_cli.errors import InputError
 from metaaug_cli.manifest import read_manifest
 from metaaug_cli.onnx_view import CodeTensor, code_tensors
 from metaaug_cli.ort import open_session
-from metaaug_cli.packing import WITHOUT_INTEGER_KERNELS
+from metaaug_cli.runtimes import WITHOUT_INTEGER_KERNELS
 from metaaug_cli.simulation import run_integers
 
 _EIGHT_BITS = {TensorProto.UINT8, TensorProto.INT8}

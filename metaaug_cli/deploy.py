@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from metaaug_cli import qdq_ops
+import metaaug_cli.qdq_ops  # noqa: F401 - registers the torch.ops.metaaug operators that the graph calls
 from metaaug_cli.blocks import Chain, absorbed_activation
 from metaaug_cli.errors import GraphError
 from metaaug_cli.graph_tools import attribute, register_buffer
@@ -130,6 +130,3 @@ class _Deployer:
     def _buffer(self, name: str, value: Tensor) -> fx.Node:
         register_buffer(self.root, name, value.detach().cpu())
         return self.graph.get_attr(name)
-
-
-OPERATORS = qdq_ops  # importing it registers the metaaug:: operators that the graph calls

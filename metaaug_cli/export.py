@@ -25,8 +25,6 @@ from metaaug_cli.qdq_ops import translation_table
 from metaaug_cli.runtimes import Release, require_integer
 from metaaug_cli.simulation import IntegerSimulation
 
-_logger = logging.getLogger(__name__)
-
 OPSET, IR_VERSION = 21, 10
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
 _PROTOBUF_LIMIT = 2**31 - 1

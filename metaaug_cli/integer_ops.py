@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaaug_cli.ops import PASSTHROUGH
 from metaaug_cli.qdq_ops import dequantize_bias, dequantize_weight
 
 aten = torch.ops.aten
@@ -229,29 +230,13 @@ HANDLERS: dict[Any, Callable[..., Any]] = {
     ),
 }
 
-MOVES = {
-    aten.max_pool2d.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
+MOVES = (PASSTHROUGH - {aten.constant_pad_nd.default}) | {
     aten.flatten.using_ints,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.expand.default,
     aten.repeat.default,
-    aten.roll.default,
     aten.chunk.default,
     aten.split.Tensor,
-    aten.upsample_nearest2d.vec,
-    aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default,
     aten.clone.default,
     aten.contiguous.default,
 }
+"""Operators that do the same to codes as to values; padding is not one, it pads with the zero point."""

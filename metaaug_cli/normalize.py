@@ -129,6 +129,9 @@ def _drop_identities(module: fx.GraphModule) -> None:
         )
         if node.target in _IDENTITIES or same_slice or same_expand or cast_to_self:
             _swap(node, node.args[0])
+        elif node.target == aten.cat.default and len(node.args[0]) == 1:
+            # A dense block's first layer joins one tensor, whose other readers a second grid keeps in float.
+            _swap(node, node.args[0][0])
         elif "assert" in str(node.target) or "sym_constrain" in str(node.target):
             module.graph.erase_node(node)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import onnx
 
 from metaaug_cli.errors import InputError
-from metaaug_cli.runtimes import SUPPORT, installed_release
+from metaaug_cli.runtimes import SUPPORT, WITHOUT_INTEGER_KERNELS, installed_release
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -128,8 +128,8 @@ def open_session(
         exact: On x86 without VNNI, ask for kernels that do not saturate 16-bit sums.
         options: More session configuration entries.
         save_optimized: Where to write the graph that is really run.
-        reuse_memory: Let tensors share buffers; None does, except for files with ``options`` (those of 4- and
-            2-bit types) in releases that give them buffers too small.
+        reuse_memory: Let tensors share buffers; None does, except for files of 4- and 2-bit types (told by
+            the session option they need) in releases that give them buffers too small.
 
     Raises:
         InputError: ONNX Runtime refuses the file.
@@ -141,7 +141,9 @@ def open_session(
     level = ort.GraphOptimizationLevel
     settings.graph_optimization_level = level.ORT_ENABLE_ALL if optimize == "all" else level.ORT_DISABLE_ALL
     if reuse_memory is None:
-        reuse_memory = not options or installed_release(ort.__version__) >= SUPPORT["native 4 bits"].exact
+        narrow_types = WITHOUT_INTEGER_KERNELS.items() <= dict(options or {}).items()
+        release = installed_release(ort.__version__)
+        reuse_memory = not narrow_types or release >= SUPPORT["native 4 bits"].exact
     settings.enable_mem_reuse = reuse_memory
     if threads is not None:
         settings.intra_op_num_threads = threads

@@ -19,12 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from metaaug_cli.manifest import Packing
 from metaaug_cli.onnx_view import CODES, MOVEMENT, SCALE, GraphView, activation_range
-from metaaug_cli.runtimes import least_release
+from metaaug_cli.runtimes import KEEP_FLOAT_WEIGHTS, WITHOUT_INTEGER_KERNELS, least_release
 
 PackMode = Literal["int8", "packed", "native"]
-WITHOUT_INTEGER_KERNELS = {"session.disable_quant_qdq": "1"}
-KEEP_FLOAT_WEIGHTS = {"optimization.disable_specified_optimizers": "WeightBiasQuantization"}
-"""Session options that keep ONNX Runtime from fusing 4-bit and 2-bit types into kernels it does not have."""
 _OPSET_OF_TWO_BITS, _IR_OF_TWO_BITS = 25, 13
 _PAIR_LIMIT = 2**15 - 1
 _TWO_BITS = {TensorProto.INT2, TensorProto.UINT2}

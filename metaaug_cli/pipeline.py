@@ -37,6 +37,7 @@ from metaaug_cli.prepare import (
 )
 from metaaug_cli.preprocessing import Preprocessing
 from metaaug_cli.reconstruct import PROBE_IMAGES, BlockHistory, Schedule, probe_loss, reconstruct_block
+from metaaug_cli.simulation import IntegerSimulation
 from metaaug_cli.walk import Walker
 from metaaug_cli.warmup import WarmUp
 
@@ -364,9 +365,9 @@ def _metrics(
     chain: Chain, histories: list[BlockHistory], images: Tensor, deployed: fx.GraphModule, seconds: float
 ) -> dict[str, Any]:
     """What a run measured of itself; the agreement is on images the network was fitted on."""
-    shown = images[:_AGREEMENT_IMAGES]
+    shown, simulation = images[:_AGREEMENT_IMAGES], IntegerSimulation(deployed)
     same = [
-        (chain.module(part).argmax(-1) == deployed(part).argmax(-1)).float()
+        (chain.module(part).argmax(-1) == simulation(part).argmax(-1)).float()
         for part in shown.split(_AGREEMENT_BATCH)
     ]
     return {

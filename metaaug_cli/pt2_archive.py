@@ -60,6 +60,7 @@ def load_program(path: Path) -> ExportedProgram:
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, path)
+    # zipfile raises RuntimeError for an encrypted member, NotImplementedError for an unknown compression.
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as exc:
         raise InputError(
             f"{path} is not a readable .pt2 archive: {exc}", hint="write it with torch.export.save"

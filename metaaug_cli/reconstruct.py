@@ -16,7 +16,6 @@ from metaaug_cli.cache import BlockData, Values
 from metaaug_cli.functional import drop_mask
 from metaaug_cli.losses import annealed_beta, reconstruction_loss, rounding_regularizer
 
-PUBLISHED_ITERATIONS = 20_000
 _RATE_BUDGET = 5_000
 _LARGEST_RATE_FACTOR = 25.0
 LEAST_RELATIVE_SCALE = 0.05

@@ -20,6 +20,12 @@ Release = tuple[int, int]
 OLDEST, NEWEST = (1, 20), (1, 31)
 """First and last release that was measured."""
 
+WITHOUT_INTEGER_KERNELS = {"session.disable_quant_qdq": "1"}
+"""Session option that keeps ONNX Runtime from fusing 4-bit and 2-bit types into kernels it does not have."""
+
+KEEP_FLOAT_WEIGHTS = {"optimization.disable_specified_optimizers": "WeightBiasQuantization"}
+"""Session option that keeps ONNX Runtime from quantizing float weights behind codes by a rule of its own."""
+
 _TYPES = {
     TensorProto.INT4: 4,
     TensorProto.UINT4: 4,

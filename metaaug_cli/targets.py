@@ -113,7 +113,7 @@ def _open_run(path: Path, onnx_path: Path | None) -> Target:
     session = open_session(file, options=session_options)
     _check_input_shape(session, run.preprocessing)
     bits = run.recipe.quantization
-    simulation = IntegerSimulation(run.simulated_module)
+    simulation = IntegerSimulation(run.deployed_module)
     return Target(
         name=f"{run.info['model']} W{bits.weight_bits}A{bits.act_bits}, {bits.placement} placement",
         preprocessing=run.preprocessing,

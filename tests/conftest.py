@@ -1,6 +1,7 @@
 """What all tests share: fixed seeds, one thread, and the real inputs when they are at hand."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,6 @@ settings.register_profile("metaaug", derandomize=True, deadline=None, max_exampl
 settings.load_profile("metaaug")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
@@ -33,6 +25,13 @@ def _one_thread() -> None:
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Warm-ups that the tests keep go neither into the user's cache nor out of it."""
     os.environ["METAAUG_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    """Background jobs start with Ctrl-C ignored, and so would every command that a test starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from metaaug_cli.blocks import Chain, build_chain, search_activation_scales
 from metaaug_cli.capture import capture
+from metaaug_cli.deploy import deploy
 from metaaug_cli.placement import Bits, Placement, place
 
 SIZE = (3, 8, 8)
@@ -196,15 +197,26 @@ def placed(
     return place(module.graph, kind=kind, bits=bits or Bits(weight=4, act=4), **options)
 
 
-def searched(module: torch.fx.GraphModule, bits: Bits | None = None) -> Chain:
-    """The chain of a network with every scale searched on 16 images and nothing learned."""
-    chain = build_chain(module, placed(module, "academic", bits=bits or Bits(2, 2)))
-    values: tuple[Tensor, ...] = (images(16),)
+def searched(
+    module: torch.fx.GraphModule,
+    bits: Bits | None = None,
+    kind: str = "academic",
+    calibration: Tensor | None = None,
+) -> Chain:
+    """The chain of a network with every scale searched, on 16 images if no others are given."""
+    chain = build_chain(module, placed(module, kind, bits=bits or Bits(2, 2)))
+    values: tuple[Tensor, ...] = (images(16) if calibration is None else calibration,)
     with torch.no_grad():
         for block in chain.blocks:
             search_activation_scales(block, values)
             values = block.quantized_block(*values)
     return chain
+
+
+def deployed(network: nn.Module, calibration: Tensor, bits: Bits) -> torch.fx.GraphModule:
+    """A network with searched scales, every tensor on integers."""
+    module = capture(network, tuple(calibration.shape[1:]))
+    return deploy(searched(module, bits, "integer", calibration))
 
 
 def targets(module: torch.fx.GraphModule) -> list[str]:

@@ -16,7 +16,7 @@ def run_bench(console: Console, run: Run) -> dict[str, Any]:
     from metaaug_cli.latency import measure_forms
 
     with console.progress("bench") as tick:
-        found = measure_forms(run.float_module, run.simulated_module, run.input_size, progress=tick)
+        found = measure_forms(run.float_module, run.deployed_module, run.input_size, progress=tick)
     _show(console, found)
     return {
         name: {"bytes": latency.size_bytes, "milliseconds": dict(latency.milliseconds)}

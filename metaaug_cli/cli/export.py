@@ -145,7 +145,7 @@ def export(
     manifest = loaded.manifest()
     console.note(f"exporting {loaded.info['model']} from {run}")
     result = export_onnx(
-        loaded.simulated_module,
+        loaded.deployed_module,
         input_size=loaded.input_size,
         path=out,
         manifest=manifest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shlex
 import sys
@@ -217,16 +218,16 @@ def quantize(
     """
     console = Console(quiet=quiet, json=json)
     flags = {
-        "calibration.num": num,
-        "calibration.holdout": holdout,
-        "quantization.weight_bits": wbits,
-        "quantization.act_bits": abits,
-        "quantization.placement": placement,
-        "augmentation.kind": augment,
-        "reconstruction.method": method,
-        "reconstruction.iterations": iterations,
-        "reconstruction.batch_size": batch,
-        "seed": seed,
+        "--num": ("calibration.num", num),
+        "--holdout": ("calibration.holdout", holdout),
+        "--wbits": ("quantization.weight_bits", wbits),
+        "--abits": ("quantization.act_bits", abits),
+        "--placement": ("quantization.placement", placement),
+        "--augment": ("augmentation.kind", augment),
+        "--method": ("reconstruction.method", method),
+        "--iterations": ("reconstruction.iterations", iterations),
+        "--batch": ("reconstruction.batch_size", batch),
+        "--seed": ("seed", seed),
     }
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {device} is not a device", hint="use --device auto, cpu or cuda")
@@ -236,7 +237,7 @@ def quantize(
     )
 
     if out is not None and not plan:
-        _require_free(out, resume=resume)
+        _require_free(console, out, resume=resume)
 
     from metaaug_cli.memory import keep_freed_memory
     from metaaug_cli.models import load_model
@@ -258,31 +259,18 @@ def quantize(
         _run(console, loaded, calibration, resolved, run_dir, device=device, cache_gb=cache_gb, resume=resume)
 
 
-_FLAG_OF = {
-    "calibration.num": "--num",
-    "calibration.holdout": "--holdout",
-    "quantization.weight_bits": "--wbits",
-    "quantization.act_bits": "--abits",
-    "quantization.placement": "--placement",
-    "reconstruction.method": "--method",
-    "reconstruction.iterations": "--iterations",
-    "reconstruction.batch_size": "--batch",
-    "augmentation.kind": "--augment",
-    "seed": "--seed",
-}
-
-
-def _resolve_recipe(name: str | None, flags: dict[str, Any], assignments: list[str]) -> Recipe:
+def _resolve_recipe(name: str | None, flags: dict[str, tuple[str, Any]], assignments: list[str]) -> Recipe:
+    """The recipe with the flags, which give (field, value or None), and then ``--set`` on top."""
     from metaaug_cli.config import Recipe, load_recipe
 
     recipe = load_recipe(name) if name else Recipe()
-    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    given = [f"{key}={value}" for key, value in flags.values() if value is not None]
     try:
         recipe = recipe.override(given, where="flags")
     except RecipeError as error:
         text = error.message
-        for key in flags:
-            text = text.replace(f"{key}:", f"{_FLAG_OF[key]}:")
+        for flag, (key, _) in flags.items():
+            text = text.replace(f"{key}:", f"{flag}:")
         raise UsageError(text, hint="metaaug quantize --help shows every option, with examples") from None
     return recipe.override(assignments)
 
@@ -310,23 +298,31 @@ def _show_inputs(console: Console, loaded: LoadedModel, calibration: Calibration
         console.warn("\n".join([f"{len(calibration.skipped)} unreadable files skipped:", *named]))
 
 
-def _require_free(out: Path, *, resume: bool) -> None:
+def _require_free(console: Console, out: Path, *, resume: bool) -> None:
     from metaaug_cli.artifacts import RunDirectory
 
-    RunDirectory(out).require_free(resume=resume)
+    directory = RunDirectory(out)
+    directory.require_free(resume=resume)
+    if resume and not directory.holds_run:
+        console.note(f"--resume: there is no run in {out} yet, so this one starts afresh")
 
 
 def _run_directory(out: Path | None, name: str, recipe: Recipe, *, resume: bool) -> Path:
-    """``--out``, or ``runs/MODEL-wWaA`` with a number where that name is taken."""
+    """``--out``, or ``runs/MODEL-wWaA`` with a number where that is taken; to resume, the last of them."""
+    from metaaug_cli.artifacts import RunDirectory
+
     if out is not None:
         return out
     bits = recipe.quantization
     base = Path("runs") / f"{name.replace('/', '_')}-w{bits.weight_bits}a{bits.act_bits}"
-    candidates = [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 10_000))]
-    free = next(i for i, path in enumerate(candidates) if not path.exists())
-    if resume and free == 0:
+    numbered = (base.with_name(f"{base.name}-{n}") for n in itertools.count(2))
+    candidates = map(RunDirectory, itertools.chain([base], numbered))
+    if not resume:
+        return next(directory.path for directory in candidates if directory.is_free())
+    runs = [d.path for d in itertools.takewhile(lambda d: d.path.exists(), candidates) if d.holds_run]
+    if not runs:
         raise UsageError(f"--resume: there is no run in {base}", hint="name the run directory with --out")
-    return candidates[free - 1 if resume else free]
+    return runs[-1]
 
 
 def _without_resume(arguments: list[str]) -> list[str]:
@@ -336,8 +332,10 @@ def _without_resume(arguments: list[str]) -> list[str]:
 @contextmanager
 def _log_file(run_dir: Path) -> Iterator[None]:
     """Keep the library's log in the run directory."""
+    from metaaug_cli.artifacts import LOG_FILE
+
     run_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+    handler = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("metaaug_cli")
     logger.addHandler(handler)

@@ -24,8 +24,7 @@ class RunProgress:
     def __init__(self, console: Console, tick: ProgressCallback) -> None:
         self.console, self.tick = console, tick
         self.started = time.monotonic()
-        self.blocks = 0
-        self.work_done = 0
+        self.blocks, self.steps = 0, 1
 
     def planned(self, blocks: int, steps_per_block: int) -> None:
         """How much there is to do."""

@@ -16,43 +16,22 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from user_code import classifier
 
 from metaaug_cli.cli.app import main
 from metaaug_cli.report import report_schema
 
 SIZE, CLASSES, IMAGES = 12, 6, 60
 FLAGS = ["--size", str(SIZE), "--mean", ".5,.5,.5", "--std", ".25,.25,.25"]
-NETWORK = """
-import torch
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.body = nn.Conv2d(8, 8, 3, padding=1)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(8, 6)
-
-    def forward(self, x):
-        x = torch.relu(self.stem(x))
-        x = torch.relu(x + self.body(x))
-        return self.head(self.pool(x).flatten(1))
-
-
-def net():
-    return Net()
-"""
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A network, a labelled folder on which float is right four times in five, and a quantized run."""
     root = tmp_path_factory.mktemp("evaluate")
-    (root / "net.py").write_text(NETWORK)
+    (root / "net.py").write_text(classifier(CLASSES))
     namespace = {}
-    exec(NETWORK, namespace)
+    exec(classifier(CLASSES), namespace)
     torch.manual_seed(3)
     module = namespace["Net"]().eval()
     with torch.no_grad():

@@ -9,39 +9,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from user_code import classifier
 
 from metaaug_cli.cli.app import main
-
-NETWORK = """
-import torch
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.body = nn.Conv2d(8, 8, 3, padding=1)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = torch.relu(self.stem(x))
-        x = torch.relu(x + self.body(x))
-        return self.head(x.mean((2, 3)))
-
-
-def net():
-    torch.manual_seed(0)
-    return Net()
-"""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("export")
-    (root / "net.py").write_text(NETWORK)
+    (root / "net.py").write_text(classifier(5))
     namespace = {}
-    exec(NETWORK, namespace)
+    exec(classifier(5), namespace)
     save_file(namespace["net"]().state_dict(), root / "net.safetensors")
     (root / "images").mkdir()
     generator = np.random.default_rng(0)

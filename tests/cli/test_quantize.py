@@ -13,8 +13,9 @@ import torch
 import yaml
 
 from metaaug_cli import demo
-from metaaug_cli.artifacts import load_run, read_info
+from metaaug_cli.artifacts import LOG_FILE, RUN_FILE, load_run, read_info
 from metaaug_cli.cli.app import main
+from metaaug_cli.simulation import IntegerSimulation
 
 COMMAND = [sys.executable, "-m", "metaaug_cli"]
 
@@ -103,9 +104,8 @@ def test_the_quantized_network_still_reads_digits(finished):
     pixels = torch.from_numpy(test.images[:200]).float()[:, None] / 255
     x, labels = (pixels - demo.MEAN) / demo.STD, torch.from_numpy(test.labels[:200])
     with torch.no_grad():
-        accuracy = [
-            float((m(x).argmax(1) == labels).float().mean()) for m in (run.float_module, run.simulated_module)
-        ]
+        versions = (run.float_module, IntegerSimulation(run.deployed_module))
+        accuracy = [float((m(x).argmax(1) == labels).float().mean()) for m in versions]
     assert accuracy[0] > 0.95
     assert accuracy[1] > accuracy[0] - 0.05
 
@@ -173,12 +173,32 @@ def test_without_an_augmenter_nothing_is_said_of_one(finished):
 
 def test_without_out_the_run_has_a_name_of_its_own(digits, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    taken = Path("runs") / "digits_cnn.digits_cnn-w4a4"
-    taken.mkdir(parents=True)
+    base = Path("runs") / "digits_cnn.digits_cnn-w4a4"
+    foreign, failed = base / "notes.md", Path(f"{base}-3") / LOG_FILE
+    for file in (foreign, Path(f"{base}-2") / RUN_FILE, failed):
+        file.parent.mkdir(parents=True)
+        file.write_text("earlier\n")
     assert main(command(digits, "--method", "nearest")) == 0
-    assert list(taken.iterdir()) == []
-    assert (Path(f"{taken}-2") / "metrics.json").exists()
-    assert f"run directory: {taken}-2" in capfd.readouterr().out
+    assert f"run directory: {base}-3" in capfd.readouterr().out
+    assert read_info(failed.parent)["status"] == "complete"
+    assert failed.read_text().startswith("earlier\n")
+    assert list(base.iterdir()) == [foreign]
+    assert [p.name for p in Path(f"{base}-2").iterdir()] == [RUN_FILE]
+
+    before = (failed.parent / "metrics.json").stat().st_mtime_ns
+    assert main(command(digits, "--method", "nearest", "--resume")) == 0
+    assert f"run directory: {base}-3" in capfd.readouterr().out
+    assert (failed.parent / "metrics.json").stat().st_mtime_ns > before
+    assert not Path(f"{base}-4").exists()
+
+
+def test_resume_where_nothing_was_begun_starts_afresh_and_says_so(digits, tmp_path, capfd):
+    out = tmp_path / "new"
+    assert main(command(digits, "--method", "nearest", "--resume", out=out)) == 0
+    assert flat(capfd.readouterr().err).count("there is no run in") == 1
+    assert read_info(out)["status"] == "complete"
+    assert main(command(digits, "--method", "nearest", "--resume", out=out)) == 0
+    assert "there is no run in" not in flat(capfd.readouterr().err)
 
 
 def test_a_taken_directory_names_resume(finished, digits, capfd):
@@ -252,6 +272,7 @@ def test_a_network_that_cannot_be_traced_names_the_line_and_ends_with_code_3(dig
     err = capfd.readouterr().err
     assert "net.py:10" in flat(err).replace(" ", "")
     assert "Traceback" not in err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [LOG_FILE]
 
 
 def test_ctrl_c_keeps_finished_blocks_and_names_the_command_that_continues(digits, tmp_path):

@@ -25,6 +25,7 @@ from metaaug_cli.errors import RecipeError, UsageError
 from metaaug_cli.models import LoadedModel
 from metaaug_cli.pipeline import pick_device, quantize
 from metaaug_cli.preprocessing import Preprocessing
+from metaaug_cli.simulation import IntegerSimulation
 from metaaug_cli.weights import hash_state
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -150,7 +151,7 @@ def test_the_run_directory_gives_the_result_back(finished):
     assert (run.num_outputs, run.input_size, run.preprocessing) == (5, SIZE, PREPROCESSING)
     assert run.recipe.model_dump(exclude={"name"}) == recipe().model_dump(exclude={"name"})
     x = images(6, seed=9)
-    assert torch.equal(run.simulated_module(x), result.deployed(x))
+    assert torch.equal(run.deployed_module(x), result.deployed(x))
     assert torch.equal(run.float_module(x), result.float_module(x))
     bits = run.manifest().weight_bits
     assert bits["stem.0"] == bits["fc"] == 8
@@ -160,7 +161,7 @@ def test_the_run_directory_gives_the_result_back(finished):
 def test_metrics_are_measured_on_the_calibration_images(finished):
     _, result, _ = finished
     x = calibration().images
-    same = result.float_module(x).argmax(1) == result.deployed(x).argmax(1)
+    same = result.float_module(x).argmax(1) == IntegerSimulation(result.deployed)(x).argmax(1)
     assert result.metrics["calibration_agreement"] == pytest.approx(float(same.float().mean()))
     assert result.metrics["calibration_agreement_images"] == 48
     assert list(result.metrics["blocks"]) == BLOCKS

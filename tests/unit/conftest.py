@@ -1,26 +1,22 @@
-"""Exported networks that several tests read."""
+"""Exported networks and a user's own network, which several tests read."""
 
-import importlib.util
-import sys
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 
+import deployed_networks
 import pytest
+import torch
+import user_code
 
 from metaaug_cli.export import export_onnx
 from metaaug_cli.manifest import Manifest
+from metaaug_cli.models import load_model
 
 
 @pytest.fixture(scope="session")
 def networks() -> ModuleType:
     """Small deployed networks, ``deployed_networks.py``."""
-    name = "deployed_networks"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return deployed_networks
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +38,17 @@ def exported(networks, manifest, tmp_path_factory):
         return graph, path
 
     return export
+
+
+@pytest.fixture
+def network_file(tmp_path):
+    path = tmp_path / "network.py"
+    path.write_text(user_code.NETWORK)
+    return path
+
+
+@pytest.fixture
+def state(network_file):
+    """A trained-looking state dict of the network, different from what its factory initialises."""
+    module = load_model(f"{network_file}:build", weights="random", **user_code.FLAGS).module
+    return {k: torch.rand(v.shape) if v.is_floating_point() else v for k, v in module.state_dict().items()}

@@ -205,6 +205,7 @@ def test_views_do_not_name_the_batch_size():
         (lambda m, x: F.relu(F.pad(x, (0, 0, 0, 0))), ["relu"]),
         (lambda m, x: F.relu(F.pad(x, (1, 0, 2, 1))), ["constant_pad_nd", "relu"]),
         (lambda m, x: F.relu(x[:, :, :]), ["relu"]),
+        (lambda m, x: torch.cat([F.relu(torch.cat([x], 1)), x], 1), ["relu", "cat"]),
     ],
 )
 def test_what_is_left_of_movement_and_copies(function, expected):

@@ -11,9 +11,11 @@ from metaaug_cli.export import export_onnx
 from metaaug_cli.ort import open_session
 from metaaug_cli.packing import pack
 from metaaug_cli.runtimes import (
+    KEEP_FLOAT_WEIGHTS,
     NEWEST,
     OLDEST,
     SUPPORT,
+    WITHOUT_INTEGER_KERNELS,
     choose_pack,
     format_release,
     least_release,
@@ -136,10 +138,12 @@ def test_versions_are_read_strictly():
 @pytest.mark.parametrize(
     ("version", "options", "shared"),
     [
-        ("1.30.0", {"session.disable_quant_qdq": "1"}, False),
-        ("1.31.0", {"session.disable_quant_qdq": "1"}, True),
-        ("1.32.0.dev20261101", {"session.disable_quant_qdq": "1"}, True),
+        ("1.30.0", WITHOUT_INTEGER_KERNELS, False),
+        ("1.30.0", WITHOUT_INTEGER_KERNELS | KEEP_FLOAT_WEIGHTS, False),
+        ("1.31.0", WITHOUT_INTEGER_KERNELS, True),
+        ("1.32.0.dev20261101", WITHOUT_INTEGER_KERNELS, True),
         ("1.20.0", {}, True),
+        ("1.20.0", KEEP_FLOAT_WEIGHTS, True),
     ],
 )
 def test_buffers_are_not_shared_where_packed_codes_would_overflow_them(

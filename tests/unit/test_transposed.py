@@ -1,15 +1,13 @@
 """Transposed convolutions: float weights between codes, which ONNX Runtime must not quantize on its own."""
 
 import torch
+from networks import deployed
 from torch import nn
 
-from metaaug_cli.blocks import build_chain, search_activation_scales
-from metaaug_cli.capture import capture
-from metaaug_cli.deploy import deploy
 from metaaug_cli.export import export_onnx
 from metaaug_cli.manifest import Manifest, read_manifest
 from metaaug_cli.parity import check_parity
-from metaaug_cli.placement import Bits, place
+from metaaug_cli.placement import Bits
 
 
 def network() -> nn.Module:
@@ -28,17 +26,11 @@ def network() -> nn.Module:
 
 
 def test_the_manifest_names_the_option_that_keeps_parity(tmp_path):
-    module = capture(network(), (3, 16, 16))
-    chain = build_chain(module, place(module.graph, kind="integer", bits=Bits(4, 4)))
     images = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    values = (images,)
-    for block in chain.blocks:
-        search_activation_scales(block, values)
-        values = block.quantized_block(*values)
-    deployed = deploy(chain)
+    graph = deployed(network(), images, Bits(4, 4))
     path = tmp_path / "transposed.onnx"
     manifest = Manifest(model="transposed", placement="integer", method="nearest")
-    export_onnx(deployed, input_size=(3, 16, 16), path=path, manifest=manifest)
+    export_onnx(graph, input_size=(3, 16, 16), path=path, manifest=manifest)
 
     import onnx
 
@@ -46,6 +38,6 @@ def test_the_manifest_names_the_option_that_keeps_parity(tmp_path):
     assert written is not None
     options = written.packing.session_options
     assert options == {"optimization.disable_specified_optimizers": "WeightBiasQuantization"}
-    parity = check_parity(path, deployed, [images], reference=True)
+    parity = check_parity(path, graph, [images], reference=True)
     assert parity.passed, parity.verdict()
     assert sum(layer.forced.mismatches for layer in parity.layers) == 0
