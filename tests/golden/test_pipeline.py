@@ -5,90 +5,34 @@ After a change of the method that is meant to change the losses, write them anew
 """
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from golden_run import (
+    BLOCKS,
+    KILLED,
+    PREPROCESSING,
+    TESTS,
+    Recorder,
+    block_files,
+    calibration,
+    exported,
+    model,
+    recipe,
+)
 from networks import SIZE, ResidualNet, images, trained
 
 from metaaug_cli.artifacts import load_run
-from metaaug_cli.capture import export_program
-from metaaug_cli.config import Recipe
-from metaaug_cli.data import make_calibration_set
 from metaaug_cli.errors import RecipeError, UsageError
-from metaaug_cli.models import LoadedModel
 from metaaug_cli.pipeline import pick_device, quantize
-from metaaug_cli.preprocessing import Preprocessing
 from metaaug_cli.simulation import IntegerSimulation
-from metaaug_cli.weights import hash_state
 
-TESTS = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).with_name("losses.json")
-PREPROCESSING = Preprocessing(SIZE[1:], None, "bilinear", (0.5,) * 3, (0.5,) * 3)
-BLOCKS = ["stem.0", "layer1.0", "layer1.1", "layer2.0", "fc"]
-
-
-def model(seed=0):
-    network = trained(ResidualNet(), seed)
-    return LoadedModel(network, "residual", PREPROCESSING, "made up", hash_state(network.state_dict()))
-
-
-@cache
-def exported():
-    """The same network traced once: what most tests need."""
-    return replace(model(), module=export_program(model().module, SIZE))
-
-
-def calibration(seed=1):
-    pictures = images(48, seed=seed).clamp(-1, 1)
-    return make_calibration_set(pictures, PREPROCESSING, [f"{i}.png" for i in range(48)])
-
-
-def recipe(*assignments):
-    """Two-bit weights, and activations of so many bits that a code on a border changes no loss by 1e-4."""
-    fast = ["quantization.weight_bits=2", "quantization.act_bits=8", "reconstruction.iterations=20"]
-    return Recipe().override([*fast, "reconstruction.batch_size=8", *assignments])
-
-
-class Recorder:
-    """A progress that keeps what it is told."""
-
-    def __init__(self):
-        self.plan, self.steps, self.blocks = None, [], []
-
-    def planned(self, blocks, steps_per_block):
-        self.plan = (blocks, steps_per_block)
-
-    def warming_up(self, done, total):
-        pass
-
-    def warmed_up(self, warmup):
-        pass
-
-    def step(self, block, done, total):
-        self.steps.append((block.name, done, total))
-
-    def finished(self, block, history, *, resumed):
-        self.blocks.append((block.name, resumed))
-
-
-def block_files(run):
-    """Bytes of every learned state, and the losses of every history."""
-    states = {p.name: p.read_bytes() for p in (run / "blocks").glob("*.safetensors")}
-    histories = {p.name: json.loads(p.read_text()) for p in (run / "blocks").glob("*.json")}
-    return states, {name: without_seconds(h) for name, h in histories.items()}
-
-
-def without_seconds(content):
-    """A JSON object without what the clock says, at any depth of objects."""
-    kept = {key: value for key, value in content.items() if key != "seconds"}
-    return {key: without_seconds(v) if isinstance(v, dict) else v for key, v in kept.items()}
 
 
 def losses_of(result):
@@ -211,39 +155,6 @@ def test_room_for_some_blocks_only_gives_the_same_result(finished, caplog):
     )
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-sys.path.insert(0, sys.argv[1] + "/golden")
-import torch
-torch.set_num_threads(1)
-import metaaug_cli.artifacts as artifacts
-from metaaug_cli.pipeline import quantize
-from test_pipeline import Recorder, calibration, model, recipe
-
-folder, point, *settings = sys.argv[2:]
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-class Killer(Recorder):
-    def step(self, block, done, total):
-        if point in ("inside a block", "inside the augmenter's steps") and (block.index, done) == (2, 7):
-            die()
-
-if point == "between the two files of a block":
-    write = artifacts.write_atomically
-    def write_and_die(path, content):
-        if path.name == "003-layer2.0.json":
-            die()
-        write(path, content)
-    artifacts.write_atomically = write_and_die
-
-run = artifacts.Path(folder)
-quantize(model(), calibration(), recipe=recipe(*settings), run_dir=run, device="cpu", progress=Killer())
-"""
-
-
 @pytest.mark.parametrize(("point", "done"), [("inside a block", 2), ("between the two files of a block", 3)])
 def test_a_killed_run_resumes_to_the_same_bytes(finished, tmp_path, point, done):
     complete, result, _ = finished
@@ -288,82 +199,6 @@ def test_resuming_a_finished_run_learns_nothing(finished):
     assert recorder.blocks == [(name, True) for name in BLOCKS]
     assert block_files(folder) == before
     assert torch.equal(again.deployed(images(4)), result.deployed(images(4)))
-
-
-LEARNED = [
-    *("augmentation.kind=metaaug", "quantization.act_bits=2", "calibration.holdout=8"),
-    *("reconstruction.iterations=4", "metaaug.steps=8", "metaaug.batch_size=8", "metaaug.val_batch_size=8"),
-    *("metaaug.base_width=16", "metaaug.warmup_steps=250"),
-]
-
-
-def augmentation_files(run):
-    """Bytes of every file on the augmenter, but of the outer steps what they measured."""
-    files = {p.name: p for p in (run / "augmentation").iterdir()}
-    return {
-        name: without_seconds(json.loads(p.read_text())) if p.suffix == ".json" else p.read_bytes()
-        for name, p in files.items()
-    }
-
-
-@pytest.fixture(scope="module", params=["residual", "unet"])
-def learned(request, tmp_path_factory):
-    """A complete run with a learned augmenter: (directory, result, its settings)."""
-    settings = [*LEARNED, f"metaaug.form={request.param}"]
-    folder = tmp_path_factory.mktemp("learned") / "run"
-    result = quantize(exported(), calibration(), recipe=recipe(*settings), run_dir=folder, device="cpu")
-    return folder, result, settings
-
-
-def test_a_run_with_an_augmenter_shows_it_for_every_block_it_learned_from(learned):
-    folder, result, _ = learned
-    files = augmentation_files(folder)
-    stems = [f"{i:03d}-{name}" for i, name in enumerate(BLOCKS)][1:-1]
-    suffixes = (".safetensors", ".json", ".png")
-    assert set(files) == {"index.html", *(stem + suffix for stem in stems for suffix in suffixes)}
-    states = [files[f"{stem}.safetensors"] for stem in stems]
-    assert len(set(states)) == len(states), "the augmenter learns from block to block"
-    for block, history in zip(result.chain.blocks, result.histories, strict=True):
-        assert history.losses.keys() == {"originals", "trained", "held_back"}
-        assert bool(history.augmentation) != block.is_edge
-
-
-def test_a_run_killed_while_it_teaches_the_augmenter_resumes_to_the_same_bytes(learned, tmp_path):
-    complete, result, settings = learned
-    run = tmp_path / "run"
-    arguments = [str(TESTS), str(run), "inside the augmenter's steps", *settings]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=300
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(list((run / "blocks").glob("*.json"))) == 2
-    assert len(list((run / "augmentation").glob("*.safetensors"))) == 1
-    resumed = quantize(
-        exported(), calibration(), recipe=recipe(*settings), run_dir=run, resume=True, device="cpu"
-    )
-    assert block_files(run) == block_files(complete)
-    assert augmentation_files(run) == augmentation_files(complete)
-    assert torch.equal(resumed.deployed(images(4)), result.deployed(images(4)))
-
-
-def test_a_lost_augmenter_is_learned_again_with_its_block(learned, tmp_path):
-    complete, _, settings = learned
-    run = tmp_path / "run"
-    shutil.copytree(complete, run)
-    (run / "augmentation" / "002-layer1.1.safetensors").unlink()
-    recorder = Recorder()
-    quantize(
-        exported(),
-        calibration(),
-        recipe=recipe(*settings),
-        run_dir=run,
-        resume=True,
-        device="cpu",
-        progress=recorder,
-    )
-    assert recorder.blocks == [(name, i < 2) for i, name in enumerate(BLOCKS)]
-    assert block_files(run) == block_files(complete)
-    assert augmentation_files(run) == augmentation_files(complete)
 
 
 def test_holding_back_every_image_is_refused_before_anything_is_written(tmp_path):
