@@ -166,6 +166,8 @@ def summary(calibration: CalibrationSet) -> dict[str, Any]:
         "channels": [asdict(channel) for channel in channel_statistics(calibration)],
         "classes": class_counts(calibration),
         "skipped": list(calibration.skipped),
+        "duplicates": list(calibration.duplicates),
+        "outliers": list(calibration.outliers),
     }
 
 
@@ -205,7 +207,9 @@ def page(calibration: CalibrationSet, *, title: str) -> str:
         shown=f"{min(total, 100)} of {total}" if total > 100 else f"All {total}",
         sheet=base64.b64encode(_png(contact_sheet(calibration))).decode(),
         classes=_details(f"{len(counts)} classes", [f"{n} × {name}" for name, n in counts.items()]),
-        skipped=_details(f"{len(calibration.skipped)} files skipped", calibration.skipped),
+        skipped=_details(f"{len(calibration.skipped)} files skipped", calibration.skipped)
+        + _details(f"{len(calibration.duplicates)} copies left out", calibration.duplicates)
+        + _details(f"{len(calibration.outliers)} images stand out", calibration.outliers),
     )
 
 

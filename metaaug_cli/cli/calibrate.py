@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,6 +62,14 @@ NumOpt = Annotated[
         "--num", metavar="N", help="Images to draw, balanced over classes.", min=1, rich_help_panel=DATA_PANEL
     ),
 ]
+KeepDuplicatesOpt = Annotated[
+    bool,
+    typer.Option(
+        "--keep-duplicates",
+        help="Do not replace copies of an image drawn before by other images.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
 OutOpt = Annotated[
     Path,
     typer.Option(
@@ -116,6 +125,7 @@ def build(
     out: OutOpt,
     num: NumOpt = 1024,
     seed: SeedOpt = 0,
+    keep_duplicates: KeepDuplicatesOpt = False,
     weights: WeightsOpt = None,
     size: SizeOpt = None,
     resize: ResizeOpt = None,
@@ -128,9 +138,10 @@ def build(
     """Draw images from a folder and store them, prepared for MODEL, in one file.
 
     The draw is seeded and balanced over the class folders. Files that cannot
-    be read are named and replaced by others. The file carries its
-    preprocessing and a content hash, so it cannot be used for a model that
-    prepares images differently.
+    be read and copies of images drawn before are named and replaced by
+    others; images of unusual exposure, colour or size are named. The file
+    carries its preprocessing and a content hash, so it cannot be used for a
+    model that prepares images differently.
     """
     console = Console(quiet=quiet, json=json)
     _require_suffix(out, ".safetensors", "--out")
@@ -145,7 +156,12 @@ def build(
     console.note(f"{loaded.name}: {loaded.preprocessing.describe()}")
     with console.progress("preparing images") as progress:
         calibration = build_calibration_set(
-            folder, loaded.preprocessing, num=num, seed=seed, progress=progress
+            folder,
+            loaded.preprocessing,
+            num=num,
+            seed=seed,
+            keep_duplicates=keep_duplicates,
+            progress=progress,
         )
     save_calibration_set(calibration, out)
     _warn_about(calibration, console, wanted=num)
@@ -221,17 +237,26 @@ def _facts(calibration: CalibrationSet) -> dict[str, Any]:
         "preprocessing": calibration.preprocessing.to_dict(),
         "sha256": calibration.sha256,
         "skipped": list(calibration.skipped),
+        "duplicates": list(calibration.duplicates),
+        "outliers": list(calibration.outliers),
     }
 
 
 def _warn_about(calibration: CalibrationSet, console: Console, *, wanted: int = 0) -> None:
-    """Name what was skipped, and say when there are fewer images than asked for."""
-    skipped = calibration.skipped
-    if skipped:
-        more = f"\nand {len(skipped) - _LISTED} more" if len(skipped) > _LISTED else ""
-        console.warn(f"{len(skipped)} files skipped:\n" + "\n".join(skipped[:_LISTED]) + more)
+    """Name what was skipped or stands out, and say when there are fewer images than asked for."""
+    if calibration.skipped:
+        console.warn(_listed("files skipped", calibration.skipped))
+    if calibration.duplicates:
+        console.note(_listed("copies left out", calibration.duplicates))
+    if calibration.outliers:
+        console.note(_listed("images stand out (they are kept)", calibration.outliers))
     if len(calibration.images) < wanted:
         console.note(f"{wanted} images were asked for, the folder has {len(calibration.images)}")
+
+
+def _listed(what: str, items: Sequence[str]) -> str:
+    more = f"\nand {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    return f"{len(items)} {what}:\n" + "\n".join(items[:_LISTED]) + more
 
 
 def _require_suffix(path: Path, suffix: str, flag: str) -> None:
