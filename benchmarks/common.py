@@ -48,28 +48,36 @@ class Subject:
 
 def resnet20() -> Subject:
     """ResNet-20 on CIFAR-10: 5 000 test images."""
-    model = load_model(
+    data = SHARED / "data/cifar10"
+    return _subject("resnet20", resnet20_model(), data / "calib", data / "test", data / "classes.txt")
+
+
+def mobilenet() -> Subject:
+    """MobileNet-V1 0.75 on ImageNet: 650 validation images."""
+    data = SHARED / "data/imagenet"
+    return _subject("mobilenet_v1_075", mobilenet_model(), data / "calib", data / "val", data / "classes.txt")
+
+
+def resnet20_model() -> LoadedModel:
+    """The network alone."""
+    return load_model(
         f"{SHARED}/models/cifar_resnet.py:resnet20",
         weights=SHARED / "models/cifar_resnet20.safetensors",
         size=32,
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
     )
-    data = SHARED / "data/cifar10"
-    return _subject("resnet20", model, data / "calib", data / "test", data / "classes.txt")
 
 
-def mobilenet() -> Subject:
-    """MobileNet-V1 0.75 on ImageNet: 650 validation images."""
-    model = load_model(
+def mobilenet_model() -> LoadedModel:
+    """The network alone."""
+    return load_model(
         f"{SHARED}/models/mobilenet_v1.py:mobilenet_v1_075",
         weights=SHARED / "models/mobilenet_v1_075.safetensors",
         size=224,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
     )
-    data = SHARED / "data/imagenet"
-    return _subject("mobilenet_v1_075", model, data / "calib", data / "val", data / "classes.txt")
 
 
 def _subject(name: str, model: LoadedModel, calib: Path, test: Path, classes: Path) -> Subject:

@@ -214,6 +214,39 @@ def memory() -> str:
     return markdown(["block", "default, s/step", "kept, s/step", "ratio"], rows)
 
 
+def data_free(model: str) -> str:
+    """Real, synthetic and noise images side by side, and the ideas one by one."""
+    found = [r for r in records("data_free") if r["model"] == model]
+    kinds = list(dict.fromkeys(r["images_from"] for r in found))
+    rows = []
+    groups: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in found:
+        groups[r["bits"], r["placement"], r["method"]][r["images_from"]].append(r["onnxruntime"])
+    for (bits, placement, method), values in groups.items():
+        cells = [f"{spread(values[k])} ({len(values[k])})" if k in values else "" for k in kinds]
+        rows.append([bits.upper(), placement, method, *cells])
+    return markdown(["bits", "placement", "method", *kinds], rows)
+
+
+def data_free_cost() -> str:
+    """Time and memory of the synthesis."""
+    rows = [
+        [
+            r["model"],
+            f"{r['side']} px",
+            str(r["num"]),
+            f"{r['minutes_at_default']:.1f}",
+            f"{r['peak_memory_mib']:,}",
+            f"{r['peak_memory_mib_before']:,}",
+            f"{r['load']:.1f}",
+        ]
+        for r in records("data_free_cost")
+    ]
+    return markdown(
+        ["network", "side", "images", "minutes", "peak MiB", "MiB before it", "load on 2 cores"], rows
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "resnet20-w8a8": resnet20_w8a8,
     "resnet20-short": resnet20_short,
@@ -226,6 +259,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "speed": speed,
     "memory": memory,
+    "data-free-resnet20": lambda: data_free("resnet20"),
+    "data-free-mobilenet": lambda: data_free("mobilenet_v1_075"),
+    "data-free-cost": data_free_cost,
 }
 
 
