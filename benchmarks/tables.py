@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-FILES = [ROOT / "docs/benchmarks.md", ROOT / "README.md"]
+FILES = [ROOT / "docs/benchmarks.md", ROOT / "docs/guides/calibration-sets.md", ROOT / "README.md"]
 PICTURE = ROOT / "docs/images/accuracy.svg"
 
 Record = dict[str, Any]
@@ -247,6 +247,44 @@ def data_free_cost() -> str:
     )
 
 
+def calibration_check() -> str:
+    """How many of the judged sets were found unsuitable, and as what."""
+    groups: dict[str, dict[tuple[str, int], list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for r in records("calibration_check"):
+        groups[r["kind"]][r["model"], r["num"]].append(r)
+    columns = sorted(
+        {column for group in groups.values() for column in group}, key=lambda c: (c[0] != "resnet20", c[1])
+    )
+    rows = []
+    for kind, group in groups.items():
+        cells = []
+        for column in columns:
+            found = group.get(column, [])
+            cells.append(f"{sum(bool(r['findings']) for r in found)} of {len(found)}" if found else "")
+        everything = [r for part in group.values() for r in part]
+        distances = [r["distance"] for r in everything]
+        rows.append([kind, *cells, f"{min(distances):.2f} to {max(distances):.2f}", _named(everything)])
+    names = {"resnet20": "ResNet-20", "mobilenet": "MobileNet-V1"}
+    header = ["images", *(f"{names[model]}, {num}" for model, num in columns), "distance", "named first as"]
+    return markdown(header, rows)
+
+
+def _named(group: list[Record]) -> str:
+    first = [re.sub(r"^(\w+): \1$", r"\1", r["findings"][0]) for r in group if r["findings"]]
+    counts = {name: first.count(name) for name in sorted(set(first))}
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} ({count})" for name, count in ordered)
+
+
+def duplicates() -> str:
+    """Share of changed copies that are recognised."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for r in records("duplicates"):
+        found[r["change"]][r["data"]] = f"{r['found']} of {r['images']}"
+    rows = [[change, row.get("cifar10", ""), row.get("imagenet", "")] for change, row in found.items()]
+    return markdown(["change", "CIFAR-10, 32 px", "ImageNet, 224 px"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "resnet20-w8a8": resnet20_w8a8,
     "resnet20-short": resnet20_short,
@@ -262,6 +300,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "data-free-resnet20": lambda: data_free("resnet20"),
     "data-free-mobilenet": lambda: data_free("mobilenet_v1_075"),
     "data-free-cost": data_free_cost,
+    "calibration-check": calibration_check,
+    "duplicates": duplicates,
 }
 
 

@@ -33,7 +33,7 @@ FIRST_LAYERS = 4
 """Batch norms that guesses about the preparation are tried on: they see the input before it is mixed."""
 
 _TRIED_FIRST = 32
-_TRIED_AGAIN = 3
+_TRIED_AGAIN = 4
 _WORTH_FIXING = 0.05
 _BETTER = 0.5
 _CERTAIN = 1.64
@@ -212,18 +212,35 @@ def _preparation_findings(
     # A few images tell which guesses are worth running all of them for.
     guesses.sort(key=lambda guess: float(tried(guess.change(images[:_TRIED_FIRST])).squared.mean()))
     found = [(tried(guess.change(images)), guess) for guess in guesses[:_TRIED_AGAIN]]
-    best, guess = min(found, key=lambda pair: float(pair[0].squared.mean()))
+    best, guess = _simplest_of_the_best(found)
     return [_described(given, best, guess)] if _clearly_better(best, given) else []
+
+
+def _simplest_of_the_best(found: list[tuple[Distances, Preparation]]) -> tuple[Distances, Preparation]:
+    """The best guess, or one of fewer mistakes that chance may have put behind it."""
+    best = min(found, key=lambda pair: float(pair[0].squared.mean()))
+    alike = [
+        pair
+        for pair in found
+        if pair is best or _gain(pair[0], best[0]) <= _CERTAIN * _gain_error(pair[0], best[0])
+    ]
+    return min(alike, key=lambda pair: (pair[1].mistakes, float(pair[0].squared.mean())))
 
 
 def _clearly_better(best: Distances, given: Distances) -> bool:
     """Half the squared distance or less, and by more than chance between the images would give."""
-    assert best.jackknife is not None
-    assert given.jackknife is not None
-    gain = float((given.squared - best.squared).mean())
-    error = standard_error((given.jackknife - best.jackknife).mean(1))
     limit = _BETTER * float(given.squared.mean())
-    return float(best.squared.mean()) < limit and gain > _CERTAIN * error
+    return float(best.squared.mean()) < limit and _gain(given, best) > _CERTAIN * _gain_error(given, best)
+
+
+def _gain(worse: Distances, better: Distances) -> float:
+    return float((worse.squared - better.squared).mean())
+
+
+def _gain_error(worse: Distances, better: Distances) -> float:
+    assert worse.jackknife is not None
+    assert better.jackknife is not None
+    return standard_error((worse.jackknife - better.jackknife).mean(1))
 
 
 def _described(given: Distances, best: Distances, guess: Preparation) -> Finding:

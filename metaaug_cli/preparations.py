@@ -44,12 +44,14 @@ class Preparation:
         finding: What it would mean, completing "these images ...".
         remedy: What to do about it.
         change: Maps the set's images (N, C, H, W) to those the guess says are right.
+        mistakes: How many mistakes it takes to explain the set by.
     """
 
     name: str
     finding: str
     remedy: str
     change: Change
+    mistakes: int = 1
 
 
 def other_preparations(preprocessing: Preprocessing, low: float, high: float) -> list[Preparation]:
@@ -153,6 +155,7 @@ def _after_swap(preprocessing: Preprocessing, guess: Preparation) -> Preparation
         f"{swap.finding}, and {guess.finding}",
         f"{swap.remedy}, and {guess.remedy}",
         lambda images: guess.change(swap.change(images)),
+        mistakes=2,
     )
 
 

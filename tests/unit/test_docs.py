@@ -5,6 +5,7 @@ import re
 import pytest
 
 PAGES = ["index.md", "guides/quickstart.md", "guides/own-model.md", "concepts/method.md"]
+PAGES += ["guides/calibration-sets.md"]
 PAGES += ["guides/data-free.md"]
 PAGES += ["concepts/architecture.md", "reference/run-directory.md"]
 
