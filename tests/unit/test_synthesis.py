@@ -16,6 +16,7 @@ from metaaug_cli.errors import InputError, UsageError
 from metaaug_cli.models import LoadedModel
 from metaaug_cli.preprocessing import Preprocessing
 from metaaug_cli.synthesis import (
+    STRETCH_WEIGHT,
     SynthesisHistory,
     SynthesisSettings,
     _Loss,
@@ -68,7 +69,9 @@ def test_images_come_closer_to_the_stored_statistics(whole_set, preprocessing):
     learned = synthesize_calibration_set(of, settings, history=history)
     assert len(history.losses) == 30
     assert history.losses[-1] < 0.8 * history.losses[0]
-    assert distance(of, learned.images) < 0.8 * distance(of, make(of=of, **options, iterations=1, rate=1e-6).images)
+    assert distance(of, learned.images) < 0.8 * distance(
+        of, make(of=of, **options, iterations=1, rate=1e-6).images
+    )
 
 
 def test_result_is_an_ordinary_calibration_set_of_valid_pixels(tmp_path):
@@ -140,7 +143,9 @@ def test_plain_stretching_rewards_the_range_of_the_logits():
     probe = batch_norm_probe(model().module, SIZE)
     observed = probe(torch.randn(3, *SIZE))
     spread = observed.outputs.amax(1) - observed.outputs.amin(1)
-    torch.testing.assert_close(_Loss(probe, "plain").stretch(observed), -1e-5 * spread.mean())
+    torch.testing.assert_close(
+        _Loss(probe, "plain").stretch(observed), -STRETCH_WEIGHT["plain"] * spread.mean()
+    )
 
 
 def test_regularised_stretching_draws_the_logits_to_half_of_what_the_norms_allow():
@@ -152,7 +157,7 @@ def test_regularised_stretching_draws_the_logits_to_half_of_what_the_norms_allow
         for index in (int(logits.argmax()), int(logits.argmin())):
             bound = feature.norm() * network.fc.weight[index].norm() / 2
             terms.append((logits[index].abs() - bound).abs())
-    wanted = 1e-5 * torch.stack(terms).view(3, 2).sum(1).mean()
+    wanted = STRETCH_WEIGHT["regularised"] * torch.stack(terms).view(3, 2).sum(1).mean()
     torch.testing.assert_close(_Loss(probe, "regularised").stretch(observed), wanted)
 
 
