@@ -29,7 +29,7 @@ from metaaug_cli.synthesis_views import Views
 Tick = Callable[[int, int, str], None]
 Stretch = Literal["plain", "regularised", "off"]
 
-# With the published 1e-5 the logits of ResNet-20 reach a range of 10.8, with 2e-3 14.8; real images cause 16.0.
+# With the published 1e-5 ResNet-20 gives logits of range 10.8, with 2e-3 14.8; real images cause 16.0.
 STRETCH_WEIGHT = {"plain": 2e-3, "regularised": 1e-2}
 _LEAST_VARIANCE = 1e-12
 # RAdam's first five steps after a reset hardly move: they must not count as another plateau.
