@@ -136,13 +136,15 @@ def check_calibration_set(
     distances = distance_to_stored(statistics, probe.layers)
     grey = _grey_share(calibration, images)
     classes, different = _classes(statistics.outputs)
-    findings = [
-        *_preprocessing_finding(calibration, expected),
+    stated = _preprocessing_finding(calibration, expected)
+    seen = [
         *_grey_finding(grey, statistics, probe),
         *_preparation_findings(calibration, images, probe),
         *_domain_findings(distances),
-        *_class_findings(classes, different, len(images), statistics.outputs),
     ]
+    few = _class_findings(classes, different, len(images), statistics.outputs)
+    # A ruined input collapses the predictions too; below the limit they can be believed, and explain colours.
+    findings = [*stated, *seen, *few] if distances.overall > DISTANCE_LIMIT else [*stated, *few, *seen]
     names = [layer.name for layer in probe.layers]
     return Check(
         sentence=_sentence(findings, distances.overall, len(images), model),
