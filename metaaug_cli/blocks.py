@@ -13,7 +13,7 @@ from metaaug_cli.functional import quantize_bias
 from metaaug_cli.graph_tools import attribute, register_buffer
 from metaaug_cli.ops import Role, aten, is_activation, role
 from metaaug_cli.placement import Placement
-from metaaug_cli.quantizers import ActivationQuantizer, WeightQuantizer
+from metaaug_cli.quantizers import ActivationQuantizer, WeightQuantizer, learned_scale
 from metaaug_cli.stages import Stage, cut_stages
 
 
@@ -74,6 +74,7 @@ def build_chain(
     granularity: str = "block",
     max_layers: int = 16,
     scale_norm: float = 2.4,
+    power_of_two: bool = False,
 ) -> Chain:
     """Cut a normal-form network and give every block its quantizers, weight scales searched.
 
@@ -83,6 +84,7 @@ def build_chain(
         granularity: "block" or "layer".
         max_layers: See ``stages.cut_stages``.
         scale_norm: Exponent of the scale search.
+        power_of_two: Restrict every scale to powers of two.
     """
     stages = cut_stages(module.graph, granularity=granularity, max_layers=max_layers)
     chain = Chain(module, placement, [])
@@ -90,10 +92,16 @@ def build_chain(
         weight_node = node.args[1]
         assert isinstance(weight_node, fx.Node)
         weight = attribute(module, weight_node)
-        chain.weights[node] = WeightQuantizer(weight, spec.bits, symmetric=spec.symmetric, norm=scale_norm)
+        chain.weights[node] = WeightQuantizer(
+            weight, spec.bits, symmetric=spec.symmetric, norm=scale_norm, power_of_two=power_of_two
+        )
     for anchor, grid in placement.activations.items():
         chain.activations[anchor] = ActivationQuantizer(
-            grid.bits, symmetric=grid.symmetric, norm=scale_norm, clip=not grid.is_output
+            grid.bits,
+            symmetric=grid.symmetric,
+            norm=scale_norm,
+            clip=not grid.is_output,
+            power_of_two=power_of_two,
         )
     applied: set[fx.Node] = set()
     for index, stage in enumerate(stages):
@@ -165,7 +173,9 @@ class _Builder:
             act = self._module(self.chain.activations[grid.anchor], "act")
             parts = [f"{m}.{part}" for m in (act, name) for part in ("base_scale", "relative_scale")]
             scales = tuple(self.graph.get_attr(part) for part in parts)
-            rest[0] = self.graph.call_function(_biased_on_grid, (self._operand(rest[0]), *scales))
+            rest[0] = self.graph.call_function(
+                _biased_on_grid, (self._operand(rest[0]), *scales, quantizer.power_of_two)
+            )
         else:
             rest = [self._operand(r) if isinstance(r, fx.Node) else r for r in rest]
         return self.graph.call_function(node.target, (self._operand(x), weight, *rest), node.kwargs)  # type: ignore[arg-type]
@@ -199,9 +209,10 @@ def quantizer_calls(block: Block) -> Iterator[tuple[fx.Node, ActivationQuantizer
 
 
 def _biased_on_grid(
-    bias: Tensor, act_base: Tensor, act: Tensor, weight_base: Tensor, weight: Tensor
+    bias: Tensor, act_base: Tensor, act: Tensor, weight_base: Tensor, weight: Tensor, power_of_two: bool
 ) -> Tensor:
-    return quantize_bias(bias, act_base * act, weight_base * weight)
+    scales = ((act_base, act), (weight_base, weight))
+    return quantize_bias(bias, *(learned_scale(*pair, power_of_two=power_of_two) for pair in scales))
 
 
 class _ScaleSearch(fx.Interpreter):

@@ -37,13 +37,27 @@ def capture(network: nn.Module | ExportedProgram, input_size: tuple[int, int, in
     Raises:
         GraphError: The network cannot be traced, has several inputs or outputs, or fixes its batch size.
     """
+    return normalize(capture_unfolded(network, input_size))
+
+
+def capture_unfolded(
+    network: nn.Module | ExportedProgram, input_size: tuple[int, int, int]
+) -> fx.GraphModule:
+    """Capture a network as traced, its batch norms still operators of their own.
+
+    Args:
+        network: As for ``capture``.
+        input_size: As for ``capture``.
+
+    Raises:
+        GraphError: As for ``capture``.
+    """
     program = export_program(network, input_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = program.run_decompositions({})
     _require_one_image_input(program, input_size)
-    graph_module = _plain_graph_module(program)
-    return normalize(graph_module)
+    return _plain_graph_module(program)
 
 
 def export_program(network: nn.Module | ExportedProgram, input_size: tuple[int, int, int]) -> ExportedProgram:

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from metaaug_cli.duplicates import DuplicateFinder
 from metaaug_cli.errors import InputError, UsageError
 from metaaug_cli.image_folder import (
     ImageFolder,
@@ -27,6 +28,7 @@ from metaaug_cli.image_folder import (
     require_some,
     scan_folder,
 )
+from metaaug_cli.outliers import find_outliers
 from metaaug_cli.preprocessing import Preprocessing
 
 __all__ = [
@@ -59,6 +61,8 @@ class CalibrationSet:
         skipped: ``path: reason`` for every file that could not be used.
         sha256: Hash of the image bytes and the preprocessing, hex.
         origin: Short description, e.g. ``folder calib``.
+        duplicates: ``path: duplicate of path`` for every copy that was left out.
+        outliers: ``path: what is unusual`` for images that stand out; they are part of the set.
     """
 
     images: Tensor
@@ -67,6 +71,8 @@ class CalibrationSet:
     skipped: tuple[str, ...]
     sha256: str
     origin: str
+    duplicates: tuple[str, ...] = ()
+    outliers: tuple[str, ...] = ()
 
 
 def build_calibration_set(
@@ -75,17 +81,20 @@ def build_calibration_set(
     *,
     num: int = 1024,
     seed: int = 0,
+    keep_duplicates: bool = False,
     progress: Progress | None = None,
 ) -> CalibrationSet:
     """Draw images, balanced over the classes, and prepare them for the network.
 
-    An unreadable file is replaced by another of the same folder, counted and named.
+    An unreadable file, and a copy of an image drawn before, is replaced by another of the same folder and
+    named. Images that stand out by exposure, colour or size are named too, and kept.
 
     Args:
         folder: Where to draw from.
         preprocessing: The network's own.
         num: How many; fewer if fewer can be read.
         seed: The same seed, folder and preprocessing give the same set.
+        keep_duplicates: Whether copies may stay in the set.
         progress: Called with (images prepared, images wanted).
 
     Raises:
@@ -99,10 +108,16 @@ def build_calibration_set(
     images = torch.empty(wanted, preprocessing.channels, *preprocessing.size)
     sources: list[str] = []
     skipped: list[str] = []
+    duplicates: list[str] = []
+    finder = None if keep_duplicates else DuplicateFinder()
     for index, decoded in decode_in_order(folder, preprocessing, order):
         name = folder.paths[index].relative_to(folder.root).as_posix()
         if isinstance(decoded, str):
             skipped.append(f"{name}: {decoded}")
+            continue
+        twin = None if finder is None else finder.add(name, preprocessing.denormalise(decoded))
+        if twin is not None:
+            duplicates.append(f"{name}: {twin}")
             continue
         images[len(sources)] = decoded
         sources.append(name)
@@ -112,7 +127,9 @@ def build_calibration_set(
             break
     require_some(len(sources), skipped, folder.root)
     origin = f"folder {folder.root.resolve().name}"
-    return make_calibration_set(images[: len(sources)], preprocessing, sources, skipped, origin)
+    made = make_calibration_set(images[: len(sources)], preprocessing, sources, skipped, origin)
+    outliers = find_outliers(made.images, preprocessing, sources, folder.root)
+    return replace(made, duplicates=tuple(duplicates), outliers=outliers)
 
 
 def make_calibration_set(
@@ -189,6 +206,8 @@ def save_calibration_set(calibration: CalibrationSet, path: Path | str) -> None:
         "skipped": list(calibration.skipped),
         "sha256": calibration.sha256,
         "origin": calibration.origin,
+        "duplicates": list(calibration.duplicates),
+        "outliers": list(calibration.outliers),
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +257,9 @@ def _read_stored(path: Path) -> CalibrationSet:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         images = stored["images"] if "images" in stored else preprocessing.normalise(stored["pixels"])
         lists = tuple(meta["sources"]), tuple(meta["skipped"])
-        calibration = CalibrationSet(images, preprocessing, *lists, meta["sha256"], meta["origin"])
+        # Absent in the files of earlier releases.
+        notes = tuple(meta.get("duplicates", ())), tuple(meta.get("outliers", ()))
+        calibration = CalibrationSet(images, preprocessing, *lists, meta["sha256"], meta["origin"], *notes)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as exc:
         raise InputError(f"{path} is not a readable calibration set: {exc}") from exc
     if _hash_images(images, preprocessing) != calibration.sha256 or len(calibration.sources) != len(images):

@@ -14,6 +14,7 @@ from torch import Tensor
 SMALLEST_SCALE = 1e-8
 _CLIP_RATIOS = 100
 _ZETA, _GAMMA = 1.1, -0.1
+_SQRT_HALF = 0.5**0.5
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int) -> Tensor:
@@ -91,6 +92,21 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
+def nearest_power_of_two(scale: Tensor) -> Tensor:
+    """The nearest power of two in the logarithm, exactly, with the identity as gradient.
+
+    Args:
+        scale: Positive and normal, any shape.
+    """
+    mantissa, exponent = torch.frexp(scale.detach())  # scale = mantissa * 2^exponent, mantissa in [1/2, 1)
+    return scale + (_two_to(exponent - (mantissa < _SQRT_HALF).int()) - scale).detach()
+
+
+def _two_to(exponent: Tensor) -> Tensor:
+    """2^exponent built from float32 bits: library powers may be an ulp off."""
+    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
 def soft_rounding(rounding_logits: Tensor) -> Tensor:
     """h(V) = clamp(1.2 * sigmoid(V) - 0.1, 0, 1), the rectified sigmoid of AdaRound (ICML 2020, eq. 23)."""
     return torch.clamp(torch.sigmoid(rounding_logits) * (_ZETA - _GAMMA) + _GAMMA, 0.0, 1.0)
@@ -133,6 +149,7 @@ def search_scale(
     norm: float = 2.4,
     full_range: Tensor | None = None,
     clip: bool = True,
+    scale_power_of_two: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The clip ratio 1.00 … 0.01 of (min, max) with the least mean |x - fake_quantize(x)|^norm, row by row.
 
@@ -143,15 +160,17 @@ def search_scale(
         norm: Exponent of the error (2.4 in BRECQ and Genie-M).
         full_range: (rows, 2) least and greatest value, where ``x`` is only a sample of the tensor.
         clip: False takes the whole range and searches nothing.
+        scale_power_of_two: Try the powers of two at and above each ratio's scale instead.
 
     Returns:
         Scale (rows,) and zero point (rows,).
     """
     low, high = (x.amin(1), x.amax(1)) if full_range is None else full_range.unbind(1)
     best_error = torch.full_like(low, float("inf"))
-    best_scale, best_zero = grid(low, high, bits, symmetric=symmetric)
+    span = _power_of_two_grid if scale_power_of_two else grid
+    best_scale, best_zero = span(low, high, bits, symmetric=symmetric)
     for ratio in _ratios() if clip else ():
-        scale, zero_point = grid(low * ratio, high * ratio, bits, symmetric=symmetric)
+        scale, zero_point = span(low * ratio, high * ratio, bits, symmetric=symmetric)
         rounded = dequantize(
             quantize(x, scale[:, None], zero_point[:, None], bits), scale[:, None], zero_point[:, None]
         )
@@ -161,6 +180,16 @@ def search_scale(
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero_point, best_zero)
     return best_scale, best_zero
+
+
+def _power_of_two_grid(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The finest grid with a power of two as its scale that spans [low, high]; see ``grid``."""
+    scale, zero_point = grid(low, high, bits, symmetric=symmetric)
+    mantissa, exponent = torch.frexp(scale)
+    scale = _two_to(exponent - (mantissa == 0.5).int())
+    if not symmetric:
+        zero_point = torch.clamp(torch.round(-low.clamp(max=0.0) / scale), 0, 2**bits - 1)
+    return scale, zero_point
 
 
 def _ratios() -> Iterator[float]:

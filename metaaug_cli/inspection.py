@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from metaaug_cli import check_page
+from metaaug_cli.calibration_check import Check
 from metaaug_cli.data import CalibrationSet
 from metaaug_cli.errors import InputError
 
@@ -166,6 +168,8 @@ def summary(calibration: CalibrationSet) -> dict[str, Any]:
         "channels": [asdict(channel) for channel in channel_statistics(calibration)],
         "classes": class_counts(calibration),
         "skipped": list(calibration.skipped),
+        "duplicates": list(calibration.duplicates),
+        "outliers": list(calibration.outliers),
     }
 
 
@@ -178,34 +182,39 @@ def write_contact_sheet(calibration: CalibrationSet, path: Path) -> None:
     _write(path, _png(contact_sheet(calibration)))
 
 
-def write_page(calibration: CalibrationSet, path: Path, *, title: str) -> None:
+def write_page(calibration: CalibrationSet, path: Path, *, title: str, check: Check | None = None) -> None:
     """Write one self-contained HTML page with the sheet and the statistics, atomically.
 
     Args:
         calibration: The set.
         path: Where to write.
         title: Heading, usually the set's file name.
+        check: Whether the set suits a model; left out of the page without one.
 
     Raises:
         InputError: The file cannot be written.
     """
-    _write(path, page(calibration, title=title).encode())
+    _write(path, page(calibration, title=title, check=check).encode())
 
 
-def page(calibration: CalibrationSet, *, title: str) -> str:
+def page(calibration: CalibrationSet, *, title: str, check: Check | None = None) -> str:
     """The HTML page of ``write_page``; needs nothing outside itself."""
     channels = channel_statistics(calibration)
     counts = class_counts(calibration)
     total = len(calibration.images)
     return _PAGE.substitute(
         title=html.escape(title),
+        verdict=check_page.verdict(check) if check is not None else "",
+        distances=check_page.distances(check) if check is not None else "",
         facts=_facts(calibration, counts),
         channel_rows="".join(_channel_row(channel) for channel in channels),
         plot=_plot(channels),
         shown=f"{min(total, 100)} of {total}" if total > 100 else f"All {total}",
         sheet=base64.b64encode(_png(contact_sheet(calibration))).decode(),
         classes=_details(f"{len(counts)} classes", [f"{n} × {name}" for name, n in counts.items()]),
-        skipped=_details(f"{len(calibration.skipped)} files skipped", calibration.skipped),
+        skipped=_details(f"{len(calibration.skipped)} files skipped", calibration.skipped)
+        + _details(f"{len(calibration.duplicates)} copies left out", calibration.duplicates)
+        + _details(f"{len(calibration.outliers)} images stand out", calibration.outliers),
     )
 
 
@@ -302,11 +311,14 @@ _PAGE = Template("""\
   .scroll { overflow-x: auto; }
   img { max-width: 100%; image-rendering: pixelated; border-radius: 4px; }
   svg { width: 100%; max-width: 44rem; }
-  ul { columns: 14rem; padding-left: 1.2rem; }
+  ul { columns: 14rem; padding-left: 1.2rem; } ul.findings { columns: auto; margin: .5rem 0 0; }
+  .verdict { border-left: 4px solid; padding: .6rem 1rem; margin: 1rem 0; background: #8881; }
+  .good { border-color: #2f9e4f; } .bad { border-color: #d6453d; }
 </style>
 </head>
 <body>
 <h1>$title</h1>
+$verdict
 <table class="facts">$facts</table>
 <h2>Pixels per channel</h2>
 <div class="scroll"><table class="numbers">
@@ -316,6 +328,7 @@ _PAGE = Template("""\
 </table></div>
 <p>Pixels on the 0 to 255 scale; the normalised columns are what the network is given.</p>
 $plot
+$distances
 <h2>Contact sheet</h2>
 <p>$shown images, as the network sees them.</p>
 <img alt="Contact sheet of the calibration images" src="data:image/png;base64,$sheet">

@@ -35,7 +35,7 @@ class Manifest(BaseModel):
 
     schema_version: int = SCHEMA_VERSION
     model: str
-    placement: Literal["integer", "academic"]
+    placement: Literal["integer", "full", "academic"]
     method: str
     weight_bits: dict[str, int] = Field(
         default_factory=dict, description="layer name to bits of its weight codes"

@@ -81,6 +81,7 @@ def load_model(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     interpolation: str | None = None,
+    fallback: Preprocessing | None = None,
 ) -> LoadedModel:
     """Load a network and decide its preprocessing.
 
@@ -93,12 +94,15 @@ def load_model(
         mean: Per-channel mean on the [0, 1] pixel scale.
         std: Per-channel standard deviation on the [0, 1] pixel scale.
         interpolation: Filter of the resize.
+        fallback: The preprocessing of a model that does not say its own.
 
     Raises:
         InputError: The model or its weights cannot be found, read or fitted together.
         UsageError: Flags that do not go together, or preprocessing that nobody stated.
     """
     source = _load_source(spec, weights)
+    if source.preprocessing is None and fallback is not None:
+        source = replace(source, preprocessing=fallback)
     overrides = {"size": size, "mean": mean, "std": std, "interpolation": interpolation}
     preprocessing = _resolve_preprocessing(source, overrides, resize)
     if isinstance(source.module, nn.Module):

@@ -37,7 +37,7 @@ _CONSTANT_FACTORIES = {
     aten.new_empty.default,
 }
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-_BATCH_NORMS = {aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default}
+BATCH_NORMS = {aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default}
 
 
 def normalize(module: fx.GraphModule) -> fx.GraphModule:
@@ -147,7 +147,7 @@ def _split_to_slices(module: fx.GraphModule) -> None:
             continue
         source, index = node.args
         pieces = source.meta.get("val")
-        if source.target in _BATCH_NORMS or not isinstance(pieces, (list, tuple)):
+        if source.target in BATCH_NORMS or not isinstance(pieces, (list, tuple)):
             continue
         if source.target == aten.unbind.int:
             dim = source.args[1] if len(source.args) > 1 else 0
@@ -263,7 +263,7 @@ def _two_dimensional_linears(module: fx.GraphModule) -> None:
 
 def _fold_batch_norms(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
-        if node.target not in _BATCH_NORMS:
+        if node.target not in BATCH_NORMS:
             continue
         x, gamma, beta, mean, variance = node.args[:5]
         eps = (

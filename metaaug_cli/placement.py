@@ -2,7 +2,9 @@
 
 ``academic`` places quantizers as the papers do: on the inputs of every convolution and linear layer
 (hence on residual shortcuts that share them), the network's input excepted. ``integer`` keeps those and
-adds 8-bit quantizers on every other tensor that an integer kernel reads or writes.
+adds 8-bit quantizers on every other tensor that an integer kernel reads or writes. ``full`` stands where
+``integer`` does, and leaves no layer or tensor at more bits than were asked for (the hardware setting of
+Dikstein et al. 2024, arXiv 2410.22110).
 
 Values that only move data (max pools, views, slices, zero padding) share one grid: quantizing commutes
 with them, so one quantizer serves the whole class of values.
@@ -85,12 +87,12 @@ def place(
 
     Args:
         graph: Normal-form graph.
-        kind: "academic" or "integer".
+        kind: "academic", "integer" or "full"; ``bits`` says how wide the grids are.
         bits: Bit-widths.
         weight_symmetric: None chooses asymmetric below 8 bits and symmetric at 8, where ``code - zero_point``
             would not fit an int8 container.
         act_symmetric: For the learned low-bit activation grids; the ``other`` grids are always affine.
-        quantize_output: Put the logits on a grid too (``integer`` only).
+        quantize_output: Put the logits on a grid too (not in ``academic``).
 
     Raises:
         GraphError: The network has no convolution or linear layer.
@@ -100,7 +102,8 @@ def place(
     if not real:
         raise GraphError("the network has no convolution or linear layer with constant weights to quantize")
     last = _last_layers(graph, set(real))
-    weights = {n: _weight_spec(n, bits, weight_symmetric, real[0], last) for n in layers}
+    affine_bits = bits.weight if kind == "full" else 8
+    weights = {n: _weight_spec(n, bits, affine_bits, weight_symmetric, real[0], last) for n in layers}
     context = _Context(graph, kind, bits, weights, act_symmetric, quantize_output)
     activations, grid_of = _activation_specs(context)
     return Placement(kind, _uniquely_named(weights), activations, grid_of)
@@ -117,10 +120,15 @@ class _Context:
 
 
 def _weight_spec(
-    node: fx.Node, bits: Bits, symmetric: bool | None, first: fx.Node, last: set[fx.Node]
+    node: fx.Node,
+    bits: Bits,
+    affine_bits: int,
+    symmetric: bool | None,
+    first: fx.Node,
+    last: set[fx.Node],
 ) -> WeightSpec:
     affine, edge = bool(node.meta.get("affine")), node is first or node in last
-    width = 8 if affine else bits.first_last_weight if edge else bits.weight
+    width = affine_bits if affine else bits.first_last_weight if edge else bits.weight
     chosen = width == 8 if symmetric is None or width == 8 else symmetric
     name = layer_name(node)
     return WeightSpec(name, node, width, chosen, is_first=node is first, is_last=node in last)
@@ -187,7 +195,7 @@ def _spec_of_class(
     inside = set(group)
     consumers = [u for n in group for u in n.users if u not in inside]
     layer_bits = [b for b in (_input_bits(context, u, root) for u in consumers) if b is not None]
-    is_integer = context.kind == "integer"
+    is_integer = context.kind != "academic"
     if not layer_bits and not (is_integer and _needs_grid(root, consumers)):
         return None
     is_output = any(u.op == "output" for u in consumers)

@@ -48,6 +48,7 @@ def prepare_chain(program: nn.Module | ExportedProgram, input_size: tuple[int, .
         granularity="layer" if recipe.reconstruction.method == "adaround" else "block",
         max_layers=recipe.reconstruction.max_block_layers,
         scale_norm=recipe.reconstruction.scale_norm,
+        power_of_two=settings.scale_power_of_two,
     )
 
 
@@ -65,6 +66,8 @@ def _require_logits(module: fx.GraphModule) -> None:
 def bits_of(recipe: Recipe) -> Bits:
     """The recipe's bit-widths with ``same`` resolved."""
     q = recipe.quantization
+    if q.placement == "full":
+        return Bits(q.weight_bits, q.act_bits, q.weight_bits, q.act_bits, q.act_bits)
     return Bits(
         weight=q.weight_bits,
         act=q.act_bits,
@@ -91,7 +94,8 @@ def schedule_of(recipe: Recipe) -> Schedule:
         rounding_warmup=r.rounding_warmup,
         beta_start=r.beta_start,
         beta_end=r.beta_end,
-        learn_weight_scale=r.method in _LEARNS_WEIGHT_SCALE,
+        # A weight scale that jumps to the next power of two would double every weight under fixed codes.
+        learn_weight_scale=r.method in _LEARNS_WEIGHT_SCALE and not recipe.quantization.scale_power_of_two,
         learn_act_scale=r.method in _LEARNS_ACT_SCALE,
     )
 

@@ -10,6 +10,7 @@ from metaaug_cli.functional import (
     drop_mask,
     fake_quantize,
     inverse_soft_rounding,
+    nearest_power_of_two,
     search_scale,
     soft_rounding,
 )
@@ -19,6 +20,12 @@ _STEP_PRIME = 2_654_435_761  # near 2^32 over the golden ratio, which spreads it
 _CONTAINER_BITS = 8
 _LEAST_ACTIVATION_SCALE = 1e-6
 _LEAST_RELATIVE_SCALE = 2.0**-14
+
+
+def learned_scale(base: Tensor, relative: Tensor, *, power_of_two: bool) -> Tensor:
+    """The searched scale times what was learned, or the power of two nearest to that."""
+    scale = base * relative
+    return nearest_power_of_two(scale) if power_of_two else scale
 
 
 class WeightQuantizer(nn.Module):
@@ -32,17 +39,26 @@ class WeightQuantizer(nn.Module):
         bits: 2 to 8.
         symmetric: Zero point in the middle of the grid instead of searched.
         norm: Exponent of the scale search.
+        power_of_two: Restrict the scales to powers of two.
     """
 
-    def __init__(self, weight: Tensor, bits: int, *, symmetric: bool, norm: float = 2.4) -> None:
+    def __init__(
+        self, weight: Tensor, bits: int, *, symmetric: bool, norm: float = 2.4, power_of_two: bool = False
+    ) -> None:
         super().__init__()
-        self.bits, self.symmetric = bits, symmetric
+        self.bits, self.symmetric, self.power_of_two = bits, symmetric, power_of_two
         rows = weight.detach().flatten(1)
         largest = rows.abs().amax(1)
         mirrored = torch.stack([-largest, largest], 1) if symmetric else None
         # At 8 bits clipping gains nothing in the weight and loses agreement with float in the output.
         scale, zero_point = search_scale(
-            rows, bits, symmetric=symmetric, norm=norm, full_range=mirrored, clip=bits < _CONTAINER_BITS
+            rows,
+            bits,
+            symmetric=symmetric,
+            norm=norm,
+            full_range=mirrored,
+            clip=bits < _CONTAINER_BITS,
+            scale_power_of_two=power_of_two,
         )
         if symmetric:
             zero_point = torch.full_like(zero_point, 2 ** (bits - 1))
@@ -65,7 +81,7 @@ class WeightQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """(out,) step sizes; differentiable with respect to the learned ``relative_scale``."""
-        return self.base_scale * self.relative_scale
+        return learned_scale(self.base_scale, self.relative_scale, power_of_two=self.power_of_two)
 
     def rounding(self) -> Tensor:
         """h(V) in [0, 1] while learning, 0 or 1 afterwards; shaped like the weight."""
@@ -119,11 +135,21 @@ class ActivationQuantizer(nn.Module):
         symmetric: Zero point at 0 (nothing negative) or 2^(bits - 1); else searched.
         norm: Exponent of the scale search.
         clip: Whether the search may clip; False for logits, whose greatest values are what counts.
+        power_of_two: Restrict the scale to powers of two.
     """
 
-    def __init__(self, bits: int, *, symmetric: bool, norm: float = 2.4, clip: bool = True) -> None:
+    def __init__(
+        self,
+        bits: int,
+        *,
+        symmetric: bool,
+        norm: float = 2.4,
+        clip: bool = True,
+        power_of_two: bool = False,
+    ) -> None:
         super().__init__()
         self.bits, self.symmetric, self.norm, self.clip = bits, symmetric, norm, clip
+        self.power_of_two = power_of_two
         self.register_buffer("base_scale", torch.tensor(1.0))
         self.relative_scale = nn.Parameter(torch.tensor(1.0))
         self.register_buffer("zero_point", torch.tensor(0.0))
@@ -138,7 +164,7 @@ class ActivationQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """() step size; differentiable with respect to the learned ``relative_scale``."""
-        return self.base_scale * self.relative_scale
+        return learned_scale(self.base_scale, self.relative_scale, power_of_two=self.power_of_two)
 
     @torch.no_grad()
     def search(self, x: Tensor) -> None:
@@ -147,7 +173,13 @@ class ActivationQuantizer(nn.Module):
         full_range = torch.stack([flat.amin(), flat.amax()])[None]
         sample = _spread_sample(flat, _SEARCH_SAMPLE)[None]
         scale, zero_point = search_scale(
-            sample, self.bits, symmetric=self.symmetric, norm=self.norm, full_range=full_range, clip=self.clip
+            sample,
+            self.bits,
+            symmetric=self.symmetric,
+            norm=self.norm,
+            full_range=full_range,
+            clip=self.clip,
+            scale_power_of_two=self.power_of_two,
         )
         # Values that all but vanish must not make the bias grid of the next layer finer than int32 holds.
         self.base_scale.copy_(scale[0].clamp(min=_LEAST_ACTIVATION_SCALE))

@@ -89,10 +89,17 @@ class Quantization(Section):
     stem_output_bits: Bits | None = Field(
         default=None, description="Bits of the first layer's output; `null` uses `act_bits`."
     )
-    placement: Literal["integer", "academic"] = Field(
+    placement: Literal["integer", "full", "academic"] = Field(
         default="integer",
         description="`integer` quantizes every tensor, so that the whole network runs on integer kernels; "
-        "`academic` only the inputs of convolutions and linear layers, as published tables do.",
+        "`full` does so with `weight_bits` and `act_bits` everywhere, and reads neither `first_last_bits` "
+        "nor `other_act_bits`; `academic` quantizes only the inputs of convolutions and linear layers, as "
+        "published tables do.",
+    )
+    scale_power_of_two: bool = Field(
+        default=False,
+        description="Restrict every scale to a power of two, so that hardware can shift where it would "
+        "multiply; weight scales are then searched only, not learned.",
     )
     weight_symmetric: bool | None = Field(
         default=None,
@@ -105,7 +112,7 @@ class Quantization(Section):
         "tensors of `integer` placement always have a zero point.",
     )
     quantize_output: bool = Field(
-        default=True, description="Quantize the logits too (`integer` placement only)."
+        default=True, description="Quantize the logits too (not in `academic` placement)."
     )
 
     @model_validator(mode="after")
@@ -115,6 +122,20 @@ class Quantization(Section):
                 "weight_symmetric must be true or null at weight_bits 8: code minus zero point does not "
                 "fit into int8"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _full_has_no_exceptions(self) -> Self:
+        if self.placement != "full":
+            return self
+        for key in ("first_last_bits", "other_act_bits", "stem_output_bits"):
+            # 8 and null are the defaults, which a recipe cannot tell from values that were meant.
+            if getattr(self, key) not in ("same", 8, None):
+                raise ValueError(
+                    f"{key} {getattr(self, key)} has no place in full placement, which puts every layer "
+                    f"and tensor at weight_bits {self.weight_bits} and act_bits {self.act_bits}; "
+                    "leave it out, or use placement integer"
+                )
         return self
 
 

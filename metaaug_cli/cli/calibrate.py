@@ -1,14 +1,16 @@
-"""``metaaug calibrate``: build a calibration set once, and look at what is in it."""
+"""``metaaug calibrate``: build a calibration set once, look at it, and compare it with others."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from metaaug_cli.cli import calibrate_compare, calibrate_inspect
+from metaaug_cli.cli import data_free as free
+from metaaug_cli.cli.calibration_view import facts, require_suffix, warn_about
 from metaaug_cli.cli.console import Console
 from metaaug_cli.cli.options import (
     DATA_PANEL,
@@ -28,18 +30,22 @@ from metaaug_cli.cli.options import (
 from metaaug_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from metaaug_cli.data import CalibrationSet
-    from metaaug_cli.inspection import ChannelStatistics
+    from metaaug_cli.data import CalibrationSet, ImageFolder
+    from metaaug_cli.models import LoadedModel
 
-_LISTED = 5
+_DEFAULT_NUM = 1024
 
 EPILOG = """\
 [bold]Build a set once, use it for every recipe[/bold]
   metaaug calibrate resnet18 --images ./imgs --out calib.safetensors
   metaaug quantize  resnet18 --calib calib.safetensors --wbits 4 --abits 4
 
-[bold]Look at it[/bold]: a table here, a contact sheet in one HTML page
-  metaaug calibrate inspect calib.safetensors --html calib.html
+[bold]No images?[/bold] A network with batch norms remembers enough to make some
+  metaaug calibrate resnet18 --data-free --num 512 --out synthetic.safetensors
+  metaaug quantize  resnet18 --calib synthetic.safetensors --wbits 4 --abits 4
+
+[bold]Look at it[/bold]: a verdict here, pictures in one HTML page
+  metaaug calibrate inspect calib.safetensors --model resnet18
 
 [bold]Your own network[/bold] says how its images are prepared
   metaaug calibrate net.py:build --weights net.safetensors --size 32 \\
@@ -47,7 +53,7 @@ EPILOG = """\
     --images ./imgs --out calib.safetensors"""
 
 ImagesOpt = Annotated[
-    Path,
+    Path | None,
     typer.Option(
         "--images",
         metavar="DIR",
@@ -56,9 +62,21 @@ ImagesOpt = Annotated[
     ),
 ]
 NumOpt = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "--num", metavar="N", help="Images to draw, balanced over classes.", min=1, rich_help_panel=DATA_PANEL
+        "--num",
+        metavar="N",
+        help="Images to draw, balanced over classes, 1024 if not set; images to make with --data-free, 512.",
+        min=1,
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+KeepDuplicatesOpt = Annotated[
+    bool,
+    typer.Option(
+        "--keep-duplicates",
+        help="Do not replace copies of an image drawn before by other images.",
+        rich_help_panel=DATA_PANEL,
     ),
 ]
 OutOpt = Annotated[
@@ -66,22 +84,6 @@ OutOpt = Annotated[
     typer.Option(
         "--out", "-o", metavar="FILE", help="The .safetensors file to write.", rich_help_panel=OUTPUT_PANEL
     ),
-]
-HtmlOpt = Annotated[
-    Path | None,
-    typer.Option(
-        "--html",
-        metavar="FILE",
-        help="Page with contact sheet and histograms; beside FILE when neither it nor --png is named.",
-        rich_help_panel=OUTPUT_PANEL,
-    ),
-]
-PngOpt = Annotated[
-    Path | None,
-    typer.Option("--png", metavar="FILE", help="The contact sheet alone.", rich_help_panel=OUTPUT_PANEL),
-]
-SetArg = Annotated[
-    Path, typer.Argument(metavar="FILE", help="A set that calibrate built.", show_default=False)
 ]
 
 
@@ -99,12 +101,13 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(cls=_BuildByDefault, no_args_is_help=True, rich_markup_mode="rich")
     group.callback(epilog=EPILOG)(calibrate)
     group.command("build", epilog=EPILOG)(build)
-    group.command("inspect")(inspect)
+    group.command("inspect", epilog=calibrate_inspect.EPILOG)(calibrate_inspect.inspect)
+    group.command("compare", epilog=calibrate_compare.EPILOG)(calibrate_compare.compare)
     app.add_typer(group, name="calibrate")
 
 
 def calibrate() -> None:
-    """Build calibration sets and look at them.
+    """Build calibration sets, look at them and compare them.
 
     metaaug calibrate MODEL ... is short for metaaug calibrate build MODEL ...
     """
@@ -112,128 +115,100 @@ def calibrate() -> None:
 
 def build(
     model: ModelArg,
-    images: ImagesOpt,
     out: OutOpt,
-    num: NumOpt = 1024,
+    images: ImagesOpt = None,
+    num: NumOpt = None,
     seed: SeedOpt = 0,
+    keep_duplicates: KeepDuplicatesOpt = False,
     weights: WeightsOpt = None,
     size: SizeOpt = None,
     resize: ResizeOpt = None,
     mean: MeanOpt = None,
     std: StdOpt = None,
     interpolation: InterpolationOpt = None,
+    data_free: free.DataFreeOpt = False,
+    iterations: free.IterationsOpt = None,
+    batch: free.BatchOpt = None,
+    stretch: free.StretchOpt = None,
+    no_whole_set: free.NoWholeSetOpt = False,
+    no_preprocessing: free.NoPreprocessingOpt = False,
+    device: free.DeviceOpt = None,
+    resume: free.ResumeOpt = False,
     json: JsonOpt = None,
     quiet: QuietOpt = False,
 ) -> None:
     """Draw images from a folder and store them, prepared for MODEL, in one file.
 
     The draw is seeded and balanced over the class folders. Files that cannot
-    be read are named and replaced by others. The file carries its
-    preprocessing and a content hash, so it cannot be used for a model that
-    prepares images differently.
+    be read and copies of images drawn before are named and replaced by
+    others; images of unusual exposure, colour or size are named. The file
+    carries its preprocessing and a content hash, so it cannot be used for a
+    model that prepares images differently.
+
+    With --data-free no images are needed: they are made from what the
+    network's batch norms remember of its training images.
     """
     console = Console(quiet=quiet, json=json)
-    _require_suffix(out, ".safetensors", "--out")
+    require_suffix(out, ".safetensors", "--out")
     options = model_options(
         weights=weights, size=size, resize=resize, mean=mean, std=std, interpolation=interpolation
     )
-    from metaaug_cli.data import build_calibration_set, save_calibration_set, scan_folder
+    flags = {
+        "--iterations": iterations,
+        "--batch": batch,
+        "--stretch": stretch,
+        "--no-whole-set": no_whole_set,
+        "--no-preprocessing": no_preprocessing,
+        "--device": device,
+        "--resume": resume,
+    }
+    if not data_free:
+        free.require_unused(flags)
+    elif keep_duplicates:
+        raise UsageError("--keep-duplicates and --data-free exclude each other", hint="leave one out")
+    settings = free.settings_from(flags, num=num, seed=seed) if data_free else None
+    from metaaug_cli.data import scan_folder
     from metaaug_cli.models import load_model
 
-    folder = scan_folder(images)
+    folder = None if settings else scan_folder(_required(images))
     loaded = load_model(model, **options)
     console.note(f"{loaded.name}: {loaded.preprocessing.describe()}")
-    with console.progress("preparing images") as progress:
-        calibration = build_calibration_set(
-            folder, loaded.preprocessing, num=num, seed=seed, progress=progress
-        )
-    save_calibration_set(calibration, out)
-    _warn_about(calibration, console, wanted=num)
+    if settings is not None:
+        calibration = free.synthesize(console, loaded, settings, out, images, flags)
+    else:
+        assert folder is not None
+        calibration = _draw(console, folder, loaded, out, num or _DEFAULT_NUM, seed, keep_duplicates)
     console.result(f"{len(calibration.images)} images written to {out}")
     console.note(f"metaaug calibrate inspect {out} shows them")
-    console.data(_facts(calibration) | {"path": str(out), "model": loaded.name, "seed": seed})
+    console.data(facts(calibration) | {"path": str(out), "model": loaded.name, "seed": seed})
 
 
-def inspect(
-    file: SetArg,
-    html: HtmlOpt = None,
-    png: PngOpt = None,
-    json: JsonOpt = None,
-    quiet: QuietOpt = False,
-) -> None:
-    """Show a calibration set: statistics here, a contact sheet in an HTML page."""
-    console = Console(quiet=quiet, json=json)
-    if html is None and png is None:
-        html = file.with_suffix(".html")
-    if html is not None:
-        _require_suffix(html, ".html", "--html")
-    if png is not None:
-        _require_suffix(png, ".png", "--png")
-    from metaaug_cli import inspection
-    from metaaug_cli.data import load_calibration_set
-
-    calibration = load_calibration_set(file, num=sys.maxsize)
-    channels = inspection.channel_statistics(calibration)
-    _show(calibration, channels, console, name=file.name)
-    if html is not None:
-        inspection.write_page(calibration, html, title=file.name)
-        console.result(f"contact sheet and histograms: {html}")
-    if png is not None:
-        inspection.write_contact_sheet(calibration, png)
-        console.result(f"contact sheet: {png}")
-    console.data(inspection.summary(calibration))
+def _required(images: Path | None) -> Path:
+    if images is None:
+        raise UsageError("no images to draw from", hint="pass --images DIR; without any, --data-free")
+    return images
 
 
-def _show(
-    calibration: CalibrationSet, channels: tuple[ChannelStatistics, ...], console: Console, *, name: str
-) -> None:
-    rows = [
-        (
-            channel.name,
-            f"{channel.mean:.1f}",
-            f"{channel.std:.1f}",
-            f"{channel.low:.0f}-{channel.high:.0f}",
-            f"{channel.black:.2%}",
-            f"{channel.white:.2%}",
-            f"{channel.normalised_mean:+.3f}",
-            f"{channel.normalised_std:.3f}",
+def _draw(
+    console: Console,
+    folder: ImageFolder,
+    loaded: LoadedModel,
+    out: Path,
+    num: int,
+    seed: int,
+    keep_duplicates: bool,
+) -> CalibrationSet:
+    from metaaug_cli.data import build_calibration_set, save_calibration_set
+
+    with console.progress("preparing images") as progress:
+        calibration = build_calibration_set(
+            folder,
+            loaded.preprocessing,
+            num=num,
+            seed=seed,
+            keep_duplicates=keep_duplicates,
+            progress=progress,
         )
-        for channel in channels
-    ]
-    facts = _facts(calibration)
-    classes = f", {facts['num_classes']} classes" if facts["num_classes"] else ""
-    title = f"{name}: {facts['num']} images{classes}, {calibration.origin}"
-    columns = ["channel", "mean", "std", "range", "black", "white", "mean'", "std'"]
-    console.table(title, columns, rows)
-    console.result("pixels on the 0 to 255 scale; ' marks what the network is given")
-    console.result(calibration.preprocessing.describe())
-    console.result(f"sha256 {calibration.sha256}")
-    _warn_about(calibration, console)
-
-
-def _facts(calibration: CalibrationSet) -> dict[str, Any]:
-    from metaaug_cli.inspection import class_counts
-
-    return {
-        "num": len(calibration.images),
-        "num_classes": len(class_counts(calibration)),
-        "origin": calibration.origin,
-        "preprocessing": calibration.preprocessing.to_dict(),
-        "sha256": calibration.sha256,
-        "skipped": list(calibration.skipped),
-    }
-
-
-def _warn_about(calibration: CalibrationSet, console: Console, *, wanted: int = 0) -> None:
-    """Name what was skipped, and say when there are fewer images than asked for."""
-    skipped = calibration.skipped
-    if skipped:
-        more = f"\nand {len(skipped) - _LISTED} more" if len(skipped) > _LISTED else ""
-        console.warn(f"{len(skipped)} files skipped:\n" + "\n".join(skipped[:_LISTED]) + more)
-    if len(calibration.images) < wanted:
-        console.note(f"{wanted} images were asked for, the folder has {len(calibration.images)}")
-
-
-def _require_suffix(path: Path, suffix: str, flag: str) -> None:
-    if path.suffix.lower() != suffix:
-        raise UsageError(f"{flag} {path} must end in {suffix}", hint=f"{flag} {path.with_suffix(suffix)}")
+    save_calibration_set(calibration, out)
+    warn_about(calibration, console, wanted=num)
+    return calibration

@@ -124,7 +124,8 @@ PlacementOpt = Annotated[
     typer.Option(
         "--placement",
         metavar="NAME",
-        help="integer (every tensor, the default) or academic (as in papers).",
+        help="integer (every tensor, the default), full (every tensor and layer at the chosen bits) or "
+        "academic (as in papers).",
         rich_help_panel=METHOD_PANEL,
     ),
 ]

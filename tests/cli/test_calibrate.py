@@ -24,10 +24,10 @@ def arguments(tmp_path, monkeypatch):
     """The model's and the folder's arguments, run from a folder of their own."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(NETWORK)
-    for name in ("cat", "dog"):
+    for label, name in enumerate(("cat", "dog")):
         (tmp_path / "imgs" / name).mkdir(parents=True)
         for i in range(4):
-            pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            pixels = np.random.default_rng(10 * label + i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "imgs" / name / f"{i}.png")
     model = ["net.py:build", "--weights", "random", "--size", "16", "--mean", ".5,.5,.5", "--std", ".2,.2,.2"]
     return [*model, "--images", "imgs"]
@@ -55,6 +55,21 @@ def test_the_seed_decides(arguments, tmp_path):
         assert main(["calibrate", *arguments, "-o", "c.safetensors", "--num", "3", "--seed", seed, "-q"]) == 0
         hashes.append(load_calibration_set(tmp_path / "c.safetensors").sha256)
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_copies_are_replaced_and_named_unless_they_are_wanted(arguments, tmp_path, capsys):
+    for i in range(1, 4):
+        (tmp_path / "imgs" / "cat" / f"{i}.png").write_bytes((tmp_path / "imgs/cat/0.png").read_bytes())
+    assert main(["calibrate", *arguments, "--out", "c.safetensors", "--num", "5", "--json"]) == 0
+    output = capsys.readouterr()
+    report = json.loads(output.out)
+    assert report["num"] == 5
+    assert sum("duplicate of cat/" in entry for entry in report["duplicates"]) >= 1
+    assert f"{len(report['duplicates'])} copies left out:" in output.err
+    assert main(["calibrate", "-q", *arguments, "--out", "c.safetensors", "--keep-duplicates"]) == 0
+    kept = load_calibration_set(tmp_path / "c.safetensors")
+    assert len(kept.images) == 8
+    assert kept.duplicates == ()
 
 
 def test_build_reports_as_json(arguments, tmp_path, capsys):

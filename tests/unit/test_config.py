@@ -195,3 +195,11 @@ def test_unknown_names_and_missing_files_say_what_exists(tmp_path):
     assert caught.value.hint == "give a .yaml file or one of: w2a2, w2a4, w4a4, w8a8"
     with pytest.raises(RecipeError, match="No such file"):
         load_recipe(tmp_path / "absent.yaml")
+
+
+def test_full_placement_refuses_bits_of_its_own_for_some_tensors():
+    full = Recipe().override(["quantization.placement=full", "quantization.first_last_bits=same"])
+    assert full.override(["quantization.placement=integer"]).quantization.placement == "integer"
+    for key in ("first_last_bits", "other_act_bits", "stem_output_bits"):
+        with pytest.raises(RecipeError, match=rf"{key} 6 has no place in full placement"):
+            full.override([f"quantization.{key}=6"])

@@ -5,6 +5,7 @@ import re
 import pytest
 
 PAGES = ["index.md", "guides/quickstart.md", "guides/own-model.md", "guides/few-images.md"]
+PAGES += ["guides/calibration-sets.md", "guides/data-free.md"]
 PAGES += ["concepts/method.md", "concepts/architecture.md", "reference/run-directory.md"]
 
 

@@ -262,3 +262,36 @@ def test_rounding_passes_the_gradient_through(x):
     torch.testing.assert_close(rounded.detach(), torch.from_numpy(np.round(x.detach().numpy())))
     rounded.sum().backward()
     assert (x.grad == 1).all()
+
+
+def test_nearest_power_of_two_is_exact_and_nearest():
+    exponents = torch.arange(-40, 41)
+    exact = torch.tensor([2.0 ** int(e) for e in exponents])
+    for factor in (1.0, 1.4, 0.72):
+        assert torch.equal(F.nearest_power_of_two(exact * factor), exact)
+    assert torch.equal(F.nearest_power_of_two(exact * 1.42), exact * 2)
+    assert torch.equal(F.nearest_power_of_two(exact * 0.7), exact / 2)
+
+
+def test_power_of_two_passes_the_gradient():
+    scale = torch.tensor([0.3, 5.0], requires_grad=True)
+    F.nearest_power_of_two(scale).sum().backward()
+    assert torch.equal(scale.grad, torch.ones(2))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_power_of_two_search_beats_every_other_power(symmetric, bits):
+    x = torch.randn(3, 500, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.1], [1.0], [7.0]])
+    scale, zero = F.search_scale(x, bits, symmetric=symmetric, scale_power_of_two=True)
+    assert torch.equal(torch.frexp(scale).mantissa, torch.full((3,), 0.5))
+
+    def error(s, z):
+        return (x - F.fake_quantize(x, s[:, None], z[:, None], bits)).abs().pow(2.4).mean(1)
+
+    best = error(scale, zero)
+    for power in range(-8, 5):
+        for z in {float(2 ** (bits - 1))} if symmetric else map(float, range(2**bits)):
+            other = error(torch.full((3,), 2.0**power), torch.full((3,), z))
+            # An asymmetric search tries the zero points of its clip ratios only.
+            assert bool((best <= other * (1 + 1e-6 if symmetric else 1.25)).all())

@@ -274,3 +274,11 @@ def test_every_layer_reads_a_grid_in_integer_placement(name):
     for spec in placement.activations.values():
         assert spec.anchor in spec.members
         assert isinstance(spec.root.meta["val"], torch.Tensor)
+
+
+@pytest.mark.parametrize("name", ["residual", "dense", "mixed"])
+def test_full_stands_where_integer_does(name):
+    full, integer = (placed(family(name), kind, bits=Bits(3, 4, 3, 4, 4)) for kind in ("full", "integer"))
+    assert grids(full).keys() == grids(integer).keys()
+    assert set(act_bits(full).values()) == {4}
+    assert set(weight_bits(full).values()) == {3}

@@ -1,0 +1,210 @@
+"""Data-free tables of docs/benchmarks.md: ``python benchmarks/data_free.py SUITE [SUITE ...]``.
+
+Suites: resnet20 (128 images), mobilenet (64 images), cost (minutes and peak memory of the synthesis alone).
+Accuracy is measured with real images, DGH images, DGH without each of its ideas, and noise, at the same count
+of images. The most telling rows come first; every finished run is appended to
+benchmarks/results/data_free.jsonl (data_free_cost.jsonl) and not repeated. Sets are kept in
+benchmarks/results/sets, which is not part of the repository. One thread: OMP_NUM_THREADS=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import MOBILENET, RESNET20, RESULTS, Subject, is_recorded, measure, mobilenet, record, resnet20
+
+from metaaug_cli.data import CalibrationSet, make_calibration_set, save_calibration_set
+from metaaug_cli.memory import keep_freed_memory, peak_memory_mib
+from metaaug_cli.preprocessing import Preprocessing
+from metaaug_cli.synthesis import SynthesisHistory, SynthesisSettings, synthesize_calibration_set
+
+NAME = "data_free"
+SETS = RESULTS / "sets"
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "dgh without whole-set statistics": {"whole_set": False},
+    "dgh without preprocessing": {"preprocessing": False},
+    "dgh without stretching": {"stretch": "off"},
+    "dgh with regularised stretching": {"stretch": "regularised"},
+}
+MAIN = ("real", "dgh", "noise")
+SEEDS = range(3)
+COST_STEPS = {32: 4, 224: 1}
+
+Key = dict[str, Any]
+
+
+def resnet20_keys() -> Iterator[Key]:
+    """Main comparison first, then ablations, then the remaining bit-widths."""
+    near, learned = ("nearest", 1), ("genie", 300)
+    groups = [
+        (["w4a4", "w8a8"], ["integer"], [near], MAIN),
+        (["w4a4"], ["integer"], [learned], MAIN),
+        (["w4a4"], ["full"], [near, learned], MAIN),
+        (["w4a4"], ["integer"], [near, learned], tuple(ABLATIONS)),
+        (["w4a4"], ["full"], [near, learned], tuple(ABLATIONS)),
+        (["w2a4"], ["integer", "full"], [learned], MAIN),
+        (["w8a8"], ["full"], [near], MAIN),
+        (["w2a4"], ["integer", "full"], [near], MAIN),
+        (["w2a4"], ["integer", "full"], [learned], tuple(ABLATIONS)),
+        (["w8a8"], ["integer", "full"], [near], tuple(ABLATIONS)),
+        (["w8a8"], ["integer", "full"], [learned], MAIN),
+    ]
+    for bits, placements, methods, images in groups:
+        yield from _keys(bits, placements, methods, images, num=128)
+
+
+def mobilenet_keys() -> Iterator[Key]:
+    """Searched scales everywhere; learning at W4A4 in integer placement only."""
+    near, learned = ("nearest", 1), ("genie", 60)
+    for bits, placement in (("w8a8", "integer"), ("w4a4", "integer"), ("w8a8", "full"), ("w4a4", "full")):
+        yield from _keys([bits], [placement], [near], MAIN, num=64)
+    yield from _keys(["w4a4"], ["integer"], [learned], MAIN, num=64)
+
+
+def _keys(
+    bits: list[str],
+    placements: list[str],
+    methods: list[tuple[str, int]],
+    images: tuple[str, ...],
+    *,
+    num: int,
+) -> Iterator[Key]:
+    for b, placement, (method, iterations), seed, kind in product(bits, placements, methods, SEEDS, images):
+        yield {
+            "bits": b,
+            "placement": placement,
+            "method": method,
+            "iterations": iterations,
+            "images_from": kind,
+            "num": num,
+            "seed": seed,
+        }
+
+
+def run(subject: Subject, keys: Iterator[Key]) -> None:
+    """Measure every key that is not recorded yet."""
+    for key in keys:
+        full = {"model": subject.name, **key}
+        if is_recorded(NAME, full):
+            continue
+        kind, num, seed = key["images_from"], key["num"], key["seed"]
+        source = subject if kind == "real" else replace(subject, calib=stored_set(subject, kind, num, seed))
+        values = measure(source, _settings(key), num=num, seed=seed)
+        values.pop("seconds_per_block")
+        record(NAME, full, values)
+        print(full, values, flush=True)
+
+
+def _settings(key: Key) -> list[str]:
+    return [
+        f"quantization.weight_bits={key['bits'][1]}",
+        f"quantization.act_bits={key['bits'][3]}",
+        f"quantization.placement={key['placement']}",
+        f"reconstruction.method={key['method']}",
+        f"reconstruction.iterations={key['iterations']}",
+    ]
+
+
+def stored_set(subject: Subject, kind: str, num: int, seed: int) -> Path:
+    """A synthetic set, made once for all the runs that use it; an interrupted one goes on."""
+    path = SETS / f"{subject.name}-{kind.replace(' ', '-')}-{num}-{seed}.safetensors"
+    if path.exists():
+        return path
+    SETS.mkdir(exist_ok=True)
+    if kind == "noise":
+        save_calibration_set(noise(subject.model.preprocessing, num, seed), path)
+        return path
+    settings = SynthesisSettings(num=num, seed=seed, **ABLATIONS.get(kind, {}))
+    state = path.with_suffix(".partial")
+    history, started = SynthesisHistory(), time.monotonic()
+    made = synthesize_calibration_set(
+        subject.model, settings, state_path=state, resume=state.exists(), history=history
+    )
+    save_calibration_set(made, path)
+    state.unlink(missing_ok=True)
+    print(f"{path.name}: BN loss {history.losses[-1]:.3f}, {time.monotonic() - started:.0f} s", flush=True)
+    return path
+
+
+def noise(preprocessing: Preprocessing, num: int, seed: int) -> CalibrationSet:
+    """Gaussian noise with the mean and deviation of the training images, clipped to valid pixels."""
+    shape = (num, preprocessing.channels, *preprocessing.size)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    pixels = preprocessing.denormalise(drawn).mul(255).round().clamp(0, 255).to(torch.uint8)
+    names = [f"noise-{i:05d}" for i in range(num)]
+    return make_calibration_set(preprocessing.normalise(pixels), preprocessing, names, origin="noise")
+
+
+def cost() -> None:
+    """Each size in a process of its own, whose peak memory is then its own too."""
+    for side, num in ((32, 64), (32, 256), (32, 1024), (224, 64), (224, 256), (224, 1024)):
+        key = {"side": side, "num": num, "batch": 32, "steps_timed": COST_STEPS[side]}
+        if is_recorded(f"{NAME}_cost", key):
+            continue
+        command = [sys.executable, __file__, "cost", "--worker", str(side), str(num)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        values = json.loads(done.stdout.splitlines()[-1])
+        record(f"{NAME}_cost", key, values)
+        print(key, values, flush=True)
+
+
+def cost_worker(side: int, num: int) -> None:
+    """Print what a few steps of every image take."""
+    model = (RESNET20 if side == 32 else MOBILENET).load()
+    keep_freed_memory()
+    before = peak_memory_mib()
+    ticks: list[float] = []
+    settings = SynthesisSettings(num=num, iterations=COST_STEPS[side])
+    started = time.monotonic()
+    synthesize_calibration_set(model, settings, tick=lambda *_: ticks.append(time.monotonic()))
+    # The steps alone, without tracing the network and without the first look at every batch.
+    per_step = (ticks[-1] - ticks[0]) / (len(ticks) - 1)
+    default = SynthesisSettings(num=num)
+    print(
+        json.dumps(
+            {
+                "model": model.name,
+                "seconds_in_all": round(time.monotonic() - started, 1),
+                "seconds_per_step": round(per_step, 3),
+                "default_iterations": default.iterations,
+                "minutes_at_default": round(per_step * default.steps / 60, 1),
+                "peak_memory_mib_before": before,
+                "peak_memory_mib": peak_memory_mib(),
+                "load": round(os.getloadavg()[0], 1),
+            }
+        )
+    )
+
+
+def main() -> None:
+    """Run the named suites."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suites", nargs="+", choices=("resnet20", "mobilenet", "cost"))
+    parser.add_argument("--worker", nargs=2, type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.worker:
+        cost_worker(*arguments.worker)
+        return
+    for suite in arguments.suites:
+        if suite == "resnet20":
+            run(resnet20(), resnet20_keys())
+        elif suite == "mobilenet":
+            run(mobilenet(), mobilenet_keys())
+        else:
+            cost()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Tables about calibration sets: made without images, judged, searched for copies."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+from tables_common import Record, markdown, records, spread
+
+
+def data_free(model: str) -> str:
+    """Real, synthetic and noise images side by side, and the ideas one by one."""
+    found = [r for r in records("data_free") if r["model"] == model]
+    kinds = list(dict.fromkeys(r["images_from"] for r in found))
+    rows = []
+    groups: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in found:
+        groups[r["bits"], r["placement"], r["method"]][r["images_from"]].append(r["onnxruntime"])
+    for (bits, placement, method), values in groups.items():
+        cells = [f"{spread(values[k])} ({len(values[k])})" if k in values else "" for k in kinds]
+        rows.append([bits.upper(), placement, method, *cells])
+    return markdown(["bits", "placement", "method", *kinds], rows)
+
+
+def data_free_cost() -> str:
+    """Time and memory of the synthesis."""
+    rows = [
+        [
+            r["model"],
+            f"{r['side']} px",
+            str(r["num"]),
+            f"{r['minutes_at_default']:.1f}",
+            f"{r['peak_memory_mib']:,}",
+            f"{r['peak_memory_mib_before']:,}",
+            f"{r['load']:.1f}",
+        ]
+        for r in records("data_free_cost")
+    ]
+    return markdown(
+        ["network", "side", "images", "minutes", "peak MiB", "MiB before it", "load on 2 cores"], rows
+    )
+
+
+def calibration_check() -> str:
+    """How many of the judged sets were found unsuitable, and as what."""
+    groups: dict[str, dict[tuple[str, int], list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for r in records("calibration_check"):
+        groups[r["kind"]][r["model"], r["num"]].append(r)
+    columns = sorted(
+        {column for group in groups.values() for column in group}, key=lambda c: (c[0] != "resnet20", c[1])
+    )
+    rows = []
+    for kind, group in groups.items():
+        cells = []
+        for column in columns:
+            found = group.get(column, [])
+            cells.append(f"{sum(bool(r['findings']) for r in found)} of {len(found)}" if found else "")
+        everything = [r for part in group.values() for r in part]
+        distances = [r["distance"] for r in everything]
+        rows.append([kind, *cells, f"{min(distances):.2f} to {max(distances):.2f}", _named(everything)])
+    names = {"resnet20": "ResNet-20", "mobilenet": "MobileNet-V1"}
+    header = ["images", *(f"{names[model]}, {num}" for model, num in columns), "distance", "named first as"]
+    return markdown(header, rows)
+
+
+def _named(group: list[Record]) -> str:
+    first = [re.sub(r"^(\w+): \1$", r"\1", r["findings"][0]) for r in group if r["findings"]]
+    counts = {name: first.count(name) for name in sorted(set(first))}
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} ({count})" for name, count in ordered)
+
+
+def duplicates() -> str:
+    """Share of changed copies that are recognised."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for r in records("duplicates"):
+        found[r["change"]][r["data"]] = f"{r['found']} of {r['images']}"
+    rows = [[change, row.get("cifar10", ""), row.get("imagenet", "")] for change, row in found.items()]
+    return markdown(["change", "CIFAR-10, 32 px", "ImageNet, 224 px"], rows)

@@ -1,0 +1,179 @@
+"""``metaaug calibrate MODEL --data-free``: its flags, the estimate shown before, and the run."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from metaaug_cli.cli.console import Console, format_seconds, resume_hint
+from metaaug_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from metaaug_cli.data import CalibrationSet
+    from metaaug_cli.models import LoadedModel
+    from metaaug_cli.synthesis import SynthesisSettings
+
+PANEL = "Without images"
+DEFAULT_NUM = 512
+_STRETCHES = ("plain", "regularised", "off")
+
+DataFreeOpt = Annotated[
+    bool,
+    typer.Option(
+        "--data-free",
+        help="Make images from the network's batch norms; --images is then a folder to write them to as PNG.",
+        rich_help_panel=PANEL,
+    ),
+]
+IterationsOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--iterations",
+        metavar="N",
+        min=1,
+        help="Steps for each image, 150 if not set.",
+        rich_help_panel=PANEL,
+    ),
+]
+BatchOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--batch",
+        metavar="N",
+        min=1,
+        help="Images in memory at a time, 32 if not set.",
+        rich_help_panel=PANEL,
+    ),
+]
+StretchOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--stretch",
+        metavar="NAME",
+        help="Spread of the logits: plain (the default), regularised or off.",
+        rich_help_panel=PANEL,
+    ),
+]
+NoWholeSetOpt = Annotated[
+    bool,
+    typer.Option(
+        "--no-whole-set",
+        help="Match the statistics of each batch alone, not those of all images together.",
+        rich_help_panel=PANEL,
+    ),
+]
+NoPreprocessingOpt = Annotated[
+    bool,
+    typer.Option(
+        "--no-preprocessing",
+        help="No random flips and crops and no smoothing while the images are made.",
+        rich_help_panel=PANEL,
+    ),
+]
+DeviceOpt = Annotated[
+    str | None,
+    typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.", rich_help_panel=PANEL),
+]
+ResumeOpt = Annotated[
+    bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=PANEL)
+]
+
+
+def require_unused(flags: dict[str, Any]) -> None:
+    """Refuse flags of this mode where ``--data-free`` is missing.
+
+    Raises:
+        UsageError: Naming them.
+    """
+    given = [name for name, value in flags.items() if value]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: for --data-free only", hint="add --data-free, or leave them out"
+        )
+
+
+def settings_from(flags: dict[str, Any], *, num: int | None, seed: int) -> SynthesisSettings:
+    """The flags as settings; those not given keep the library's defaults.
+
+    Raises:
+        UsageError: A value that its flag does not take.
+    """
+    from metaaug_cli.synthesis import SynthesisSettings
+
+    stretch = flags["--stretch"]
+    if stretch is not None and stretch not in _STRETCHES:
+        raise UsageError(f"--stretch {stretch} is unknown", hint=f"use one of: {', '.join(_STRETCHES)}")
+    device = flags["--device"]
+    if device not in (None, "auto", "cpu", "cuda"):
+        raise UsageError(f"--device {device} is not a device", hint="use --device auto, cpu or cuda")
+    given = {"iterations": flags["--iterations"], "batch_size": flags["--batch"], "stretch": stretch}
+    return SynthesisSettings(
+        num=num or DEFAULT_NUM,
+        seed=seed,
+        whole_set=not flags["--no-whole-set"],
+        preprocessing=not flags["--no-preprocessing"],
+        **{key: value for key, value in given.items() if value is not None},
+    )
+
+
+def synthesize(
+    console: Console,
+    loaded: LoadedModel,
+    settings: SynthesisSettings,
+    out: Path,
+    images: Path | None,
+    flags: dict[str, Any],
+) -> CalibrationSet:
+    """Make the set, store it, and write the PNGs that were asked for."""
+    from metaaug_cli.data import save_calibration_set
+    from metaaug_cli.memory import keep_freed_memory
+    from metaaug_cli.pipeline import pick_device
+    from metaaug_cli.png_folder import require_empty, write_pngs
+    from metaaug_cli.synthesis import SynthesisHistory, estimate_seconds, synthesize_calibration_set
+
+    if images is not None:
+        require_empty(images)
+    device = pick_device(flags["--device"] or "auto")
+    state = state_path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
+    if not flags["--resume"]:
+        seconds = estimate_seconds(loaded, settings, device=device)
+        console.note(
+            f"{settings.num} images, {settings.iterations} steps each on {device}: about "
+            f"{format_seconds(seconds)}; fewer --iterations or --num take less"
+        )
+    again = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    hint = f"continue with: metaaug {shlex.join(again)} --resume"
+    history, started = SynthesisHistory(), time.monotonic()
+    with resume_hint(hint), console.progress("making images") as tick:
+        calibration = synthesize_calibration_set(
+            loaded,
+            settings,
+            device=device,
+            state_path=state,
+            resume=flags["--resume"],
+            tick=tick,
+            history=history,
+        )
+    save_calibration_set(calibration, out)
+    state.unlink(missing_ok=True)
+    if history.losses:
+        console.note(
+            f"BN loss {history.losses[0]:.3g} -> {history.losses[-1]:.3g} "
+            f"in {format_seconds(time.monotonic() - started)}"
+        )
+    if images is not None:
+        write_pngs(calibration, images)
+        console.result(f"{len(calibration.images)} PNG files written to {images}")
+    return calibration
+
+
+def state_path(out: Path) -> Path:
+    """Where an unfinished run of ``out`` keeps its state."""
+    return out.with_name(f"{out.name}.partial")

@@ -1,0 +1,122 @@
+"""``metaaug calibrate --data-free``: the files it writes, what quantize makes of them, and bad usage."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from metaaug_cli.cli.app import main
+from metaaug_cli.cli.data_free import state_path
+from metaaug_cli.data import load_calibration_set
+
+NETWORK = """
+from torch import nn
+
+def build():
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+def plain():
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *head)
+"""
+PREPARED = ["--weights", "random", "--size", "16", "--mean", ".5,.5,.5", "--std", ".2,.2,.2"]
+FAST = ["--iterations", "3", "--batch", "4"]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NETWORK)
+
+
+def calibrate(*arguments, factory="build"):
+    return main(
+        ["calibrate", f"net.py:{factory}", *PREPARED, "--data-free", "--out", "s.safetensors", *arguments]
+    )
+
+
+def test_a_set_without_images_quantizes_a_network(tmp_path, capsys):
+    assert calibrate(*FAST, "--num", "6", "--images", "sheet", "--json") == 0
+    output = capsys.readouterr()
+    report = json.loads(output.out)
+    stored = load_calibration_set(tmp_path / "s.safetensors")
+    assert report["num"] == len(stored.images) == 6
+    assert report["sha256"] == stored.sha256
+    assert "6 images, 3 steps each on cpu: about" in output.err
+    assert "BN loss" in output.err
+    pictures = sorted((tmp_path / "sheet").iterdir())
+    assert len(pictures) == 6
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (16, 16)
+    assert not state_path(tmp_path / "s.safetensors").exists()
+    run = [
+        "quantize",
+        "net.py:build",
+        *PREPARED,
+        "--calib",
+        "s.safetensors",
+        "--method",
+        "nearest",
+        "--out",
+        "run",
+    ]
+    assert main(run) == 0
+    assert "6 images, data-free from net.build, seed 0" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_continue(tmp_path, capsys, monkeypatch):
+    assert calibrate(*FAST, "--num", "6", "-q") == 0
+    wanted = load_calibration_set(tmp_path / "s.safetensors").sha256
+
+    from metaaug_cli.synthesis import _Synthesis
+    from metaaug_cli.synthesis_state import StateFile
+
+    take_step = _Synthesis.take_step
+
+    def interrupted(self):
+        if self.step == 4:
+            raise KeyboardInterrupt
+        take_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Synthesis, "take_step", interrupted)
+        patch.setattr(StateFile, "save_if_due", StateFile.save)
+        assert calibrate(*FAST, "--num", "6") == 130
+    assert "--resume" in capsys.readouterr().err
+    assert calibrate(*FAST, "--num", "6") == 2
+    assert "unfinished" in capsys.readouterr().err
+    assert calibrate(*FAST, "--num", "6", "--resume") == 0
+    assert load_calibration_set(tmp_path / "s.safetensors").sha256 == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stretch", "wide"], "--stretch wide"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--images", "."], "not an empty folder"),
+        (["--resume"], "to resume"),
+        (["--keep-duplicates"], "--keep-duplicates"),
+    ],
+)
+def test_bad_usage(capsys, arguments, message):
+    assert calibrate(*FAST, "--num", "2", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "hint:" in error
+
+
+def test_a_network_without_batch_norms(capsys):
+    assert calibrate(factory="plain") == 2
+    error = capsys.readouterr().err
+    assert "no batch norms" in error
+    assert "--images DIR" in " ".join(error.split())
+
+
+def test_flags_of_this_mode_need_it(capsys):
+    arguments = ["calibrate", "net.py:build", *PREPARED, "--out", "s.safetensors"]
+    assert main([*arguments, "--images", ".", "--stretch", "off", "--no-whole-set"]) == 2
+    assert "--stretch, --no-whole-set: for --data-free only" in capsys.readouterr().err
+    assert main(arguments) == 2
+    assert "--data-free" in capsys.readouterr().err
