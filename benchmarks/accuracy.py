@@ -1,9 +1,8 @@
 """Accuracy tables of docs/benchmarks.md: ``python benchmarks/accuracy.py SUITE [SUITE ...]``.
 
 Suites: resnet20-short (256 images, 300 iterations, 3 seeds), resnet20-long (1 024 images, 2 000
-iterations), resnet20-stem (second layer's input at 8 bits), resnet20-few (32 images and augmented
-copies), resnet20-w8a8, mobilenet. Every finished run is appended to
-benchmarks/results/accuracy.jsonl and not repeated.
+iterations), resnet20-stem (second layer's input at 8 bits), resnet20-w8a8, mobilenet. Every finished
+run is appended to benchmarks/results/accuracy.jsonl and not repeated.
 """
 
 from __future__ import annotations
@@ -31,15 +30,6 @@ def resnet20_long() -> list[dict[str, Any]]:
         _key(bits, placement, "genie", num=1024, iterations=2000, seed=0)
         for bits in ("w2a2", "w2a4", "w4a4")
         for placement in ("academic", "integer")
-    ]
-
-
-def resnet20_few() -> list[dict[str, Any]]:
-    """32 images, with and without a pool of augmented copies."""
-    return [
-        {**_key("w2a2", "academic", "genie", num=32, iterations=300, seed=seed), "augment": augment}
-        for seed in range(3)
-        for augment in ("none", "flip+crop+geometric+mixup")
     ]
 
 
@@ -73,7 +63,6 @@ SUITES = {
     "resnet20-short": (resnet20, resnet20_short),
     "resnet20-long": (resnet20, resnet20_long),
     "resnet20-stem": (resnet20, resnet20_stem),
-    "resnet20-few": (resnet20, resnet20_few),
     "mobilenet": (mobilenet, mobilenet_suite),
 }
 
@@ -97,7 +86,7 @@ def _settings(key: dict[str, Any]) -> list[str]:
         f"reconstruction.method={key['method']}",
         f"reconstruction.iterations={key['iterations']}",
         f"quantization.stem_output_bits={key.get('stem', 'null')}",
-        f"augmentation.kind={key.get('augment', 'none')}",
+        "augmentation.kind=none",
     ]
 
 

@@ -38,6 +38,7 @@ VARIANTS: dict[str, list[str]] = {
     "pool": [f"augmentation.kind={_POOL}"],
     "policy": [_LEARNED, *_POLICY],
     "policy, validation off": [_LEARNED, *_POLICY, _VALIDATION_OFF],
+    "policy+flip+crop": [f"{_LEARNED}+flip+crop", *_POLICY],
     "genie, twice the iterations": ["augmentation.kind=none"],
     "residual": [_LEARNED, *_RESIDUAL],
     "residual, validation off": [_LEARNED, *_RESIDUAL, _VALIDATION_OFF],

@@ -13,6 +13,7 @@ from statistics import mean, median
 
 import tables_calibration
 import tables_deployment
+import tables_metaaug
 from tables_common import ROOT, Record, markdown, records, spread
 
 FILES = [ROOT / "docs/benchmarks.md", ROOT / "docs/guides/calibration-sets.md", ROOT / "README.md"]
@@ -23,7 +24,7 @@ AUTHORS = {"w4a4": 87.65, "w2a4": 83.21, "w2a2": 73.08}
 
 
 def _accuracy(model: str, **wanted: object) -> list[Record]:
-    found = [r for r in records("accuracy") if r["model"] == model and not {"augment", "stem"} & r.keys()]
+    found = [r for r in records("accuracy") if r["model"] == model and "stem" not in r]
     return [r for r in found if all(r[k] == v for k, v in wanted.items())]
 
 
@@ -77,22 +78,6 @@ def resnet20_long() -> str:
             if group:
                 rows.append(_row(group, [bits.upper(), placement]))
     return markdown(["bits", "placement", *_COLUMNS], rows)
-
-
-def resnet20_few() -> str:
-    """32 images with and without copies, paired by seed."""
-    groups: dict[str, dict[int, float]] = defaultdict(dict)
-    for r in records("accuracy"):
-        if r["model"] == "resnet20" and "augment" in r:
-            groups[r["augment"]][r["seed"]] = r["onnxruntime"]
-    rows = [[kind, spread(list(found.values())), str(len(found))] for kind, found in groups.items()]
-    plain = groups.get("none", {})
-    for kind, found in groups.items():
-        shared = sorted(set(plain) & set(found))
-        if kind != "none" and shared:
-            gains = [found[s] - plain[s] for s in shared]
-            rows.append([f"{kind} minus none, same images", spread(gains), str(len(shared))])
-    return markdown(["copies", "top-1", "seeds"], rows)
 
 
 def mobilenet() -> str:
@@ -193,7 +178,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "resnet20-short": resnet20_short,
     "resnet20-stem": resnet20_stem,
     "resnet20-long": resnet20_long,
-    "resnet20-few": resnet20_few,
     "mobilenet": mobilenet,
     "architectures": architectures,
     "kills": kills,
@@ -202,6 +186,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "parity": tables_deployment.parity,
     "latency": tables_deployment.latency,
+    "metaaug-main": tables_metaaug.main_table,
+    "metaaug-w2a4": tables_metaaug.four_bit_activations,
+    "metaaug-images": tables_metaaug.images,
+    "metaaug-ablation": tables_metaaug.ablation,
+    "metaaug-speed": tables_metaaug.speed,
     "data-free-resnet20": lambda: tables_calibration.data_free("resnet20"),
     "data-free-mobilenet": lambda: tables_calibration.data_free("mobilenet_v1_075"),
     "data-free-cost": tables_calibration.data_free_cost,

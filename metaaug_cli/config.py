@@ -132,7 +132,7 @@ def shipped_recipes() -> dict[str, Path]:
     # A wheel carries the recipes inside the package, a checkout beside it.
     for folder in (package / "recipes", package.parent / "recipes"):
         if folder.is_dir():
-            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda p: p.stem)}
     return {}
 
 

@@ -259,7 +259,7 @@ def test_the_estimate_grows_with_the_work():
     assert 0 < few < many
 
 
-@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_learns_in_mixed_precision():
     history, of = SynthesisHistory(), model()
     settings = SynthesisSettings(num=8, batch_size=4, iterations=60, rate=0.3)
