@@ -27,7 +27,7 @@ Key = dict[str, Any]
 _SETS = range(5)
 _ITERATIONS = 500
 _SMALL = ["metaaug.batch_size=16", "metaaug.val_batch_size=32"]
-_POLICY = ["metaaug.form=policy", "metaaug.steps=100", "metaaug.base_width=16", *_SMALL]
+_POLICY = ["metaaug.form=policy", "metaaug.steps=50", "metaaug.base_width=16", *_SMALL]
 _RESIDUAL = ["metaaug.form=residual", "metaaug.steps=40", "metaaug.base_width=8", *_SMALL]
 _POOL = "flip+crop+geometric+mixup"
 _LEARNED = "augmentation.kind=metaaug"
@@ -39,9 +39,9 @@ VARIANTS: dict[str, list[str]] = {
     "policy": [_LEARNED, *_POLICY],
     "policy, validation off": [_LEARNED, *_POLICY, _VALIDATION_OFF],
     "policy+flip+crop": [f"{_LEARNED}+flip+crop", *_POLICY],
-    "genie, twice the iterations": ["augmentation.kind=none"],
     "residual": [_LEARNED, *_RESIDUAL],
     "residual, validation off": [_LEARNED, *_RESIDUAL, _VALIDATION_OFF],
+    "genie, twice the iterations": ["augmentation.kind=none"],
     "residual+pool": [f"{_LEARNED}+{_POOL}", *_RESIDUAL],
 }
 

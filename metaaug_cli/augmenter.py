@@ -18,8 +18,10 @@ from metaaug_cli.preprocessing import Preprocessing
 
 MOST_LEVELS = 4
 _SMALLEST_MAP = 4
-_TURN = math.radians(30.0)
-_SHEAR, _SHIFT = 0.3, 0.2  # tangent of the angle; share of the side
+# The largest changes of the policy, which come together: half of what the fixed operations do one at a time.
+_TURN = math.radians(15.0)
+_SHEAR, _SHIFT = 0.15, 0.1  # tangent of the angle; share of the side
+_MIX = 0.5  # share of the other image
 _COLOUR = 0.4  # brightness and contrast change by up to this share
 _GEOMETRIC, _COLOURS = 5, 2
 _START_STRENGTH = 0.0  # half of the largest change
@@ -183,7 +185,7 @@ class Policy(nn.Module):
         centre = y.mean((1, 2, 3), keepdim=True)
         y = (y - centre) * contrast + centre * brightness
         partner = torch.randperm(count, generator=generator).to(x.device)
-        share = (strength[:, -1] * drawn[:, -1]).view(-1, 1, 1, 1)
+        share = (_MIX * strength[:, -1] * drawn[:, -1]).view(-1, 1, 1, 1)
         return y * (1 - share) + y[partner] * share
 
 
