@@ -1,8 +1,8 @@
 """Accuracy tables of docs/benchmarks.md: ``python benchmarks/accuracy.py SUITE [SUITE ...]``.
 
 Suites: resnet20-short (256 images, 300 iterations, 3 seeds), resnet20-long (1 024 images, 2 000
-iterations), resnet20-stem (second layer's input at 8 bits), resnet20-w8a8, mobilenet. Every finished
-run is appended to benchmarks/results/accuracy.jsonl and not repeated.
+iterations), resnet20-stem (second layer's input at 8 bits), resnet20-schedules (100 to 1 000
+iterations, both rules for the rates), resnet20-w8a8, mobilenet. Every finished run is appended to benchmarks/results/accuracy.jsonl and not repeated.
 """
 
 from __future__ import annotations
@@ -41,6 +41,16 @@ def resnet20_stem() -> list[dict[str, Any]]:
     ]
 
 
+def resnet20_schedules() -> list[dict[str, Any]]:
+    """Iterations under both rules for the learning rates: scaled with the schedule, and as published."""
+    return [
+        {**_key("w2a2", "academic", "genie", num=256, iterations=steps, seed=seed), "lr_scale": rule}
+        for steps in (100, 300, 1000)
+        for seed in range(2)
+        for rule in ("auto", 1)
+    ]
+
+
 def resnet20_w8a8() -> list[dict[str, Any]]:
     """Searched scales only."""
     return [
@@ -63,6 +73,7 @@ SUITES = {
     "resnet20-short": (resnet20, resnet20_short),
     "resnet20-long": (resnet20, resnet20_long),
     "resnet20-stem": (resnet20, resnet20_stem),
+    "resnet20-schedules": (resnet20, resnet20_schedules),
     "mobilenet": (mobilenet, mobilenet_suite),
 }
 
@@ -86,6 +97,7 @@ def _settings(key: dict[str, Any]) -> list[str]:
         f"reconstruction.method={key['method']}",
         f"reconstruction.iterations={key['iterations']}",
         f"quantization.stem_output_bits={key.get('stem', 'null')}",
+        f"reconstruction.lr_scale={key.get('lr_scale', 'auto')}",
         "augmentation.kind=none",
     ]
 

@@ -24,7 +24,7 @@ AUTHORS = {"w4a4": 87.65, "w2a4": 83.21, "w2a2": 73.08}
 
 
 def _accuracy(model: str, **wanted: object) -> list[Record]:
-    found = [r for r in records("accuracy") if r["model"] == model and "stem" not in r]
+    found = [r for r in records("accuracy") if r["model"] == model and not {"lr_scale", "stem"} & r.keys()]
     return [r for r in found if all(r[k] == v for k, v in wanted.items())]
 
 
@@ -78,6 +78,19 @@ def resnet20_long() -> str:
             if group:
                 rows.append(_row(group, [bits.upper(), placement]))
     return markdown(["bits", "placement", *_COLUMNS], rows)
+
+
+def resnet20_schedules() -> str:
+    """Accuracy against iterations, the rates scaled with the schedule or as published."""
+    found = [r for r in records("accuracy") if "lr_scale" in r]
+    rows = []
+    for steps in sorted({r["iterations"] for r in found}):
+        by_rule = {
+            rule: [r["onnxruntime"] for r in found if r["iterations"] == steps and r["lr_scale"] == rule]
+            for rule in ("auto", 1)
+        }
+        rows.append([str(steps), *(spread(values) if values else "" for values in by_rule.values())])
+    return markdown(["iterations", "rates scaled with the schedule", "published rates"], rows)
 
 
 def mobilenet() -> str:
@@ -178,6 +191,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "resnet20-short": resnet20_short,
     "resnet20-stem": resnet20_stem,
     "resnet20-long": resnet20_long,
+    "resnet20-schedules": resnet20_schedules,
     "mobilenet": mobilenet,
     "architectures": architectures,
     "kills": kills,
