@@ -1,8 +1,9 @@
 """Accuracy tables of docs/benchmarks.md: ``python benchmarks/accuracy.py SUITE [SUITE ...]``.
 
 Suites: resnet20-short (256 images, 300 iterations, 3 seeds), resnet20-long (1 024 images, 2 000
-iterations), resnet20-stem (second layer's input at 8 bits), resnet20-schedules (100 to 1 000
-iterations, both rules for the rates), resnet20-w8a8, mobilenet. Every finished run is appended to benchmarks/results/accuracy.jsonl and not repeated.
+iterations), resnet20-stem (second layer's input at 8 bits), resnet20-schedules (100 to 1 000 iterations,
+both rules for the rates), resnet20-w8a8, mobilenet. Every finished run is appended to
+benchmarks/results/accuracy.jsonl and not repeated.
 """
 
 from __future__ import annotations
