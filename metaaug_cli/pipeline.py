@@ -258,7 +258,7 @@ class _Run:
             "block %s: %d layers, %d activation grids", block.name, len(block.weights), len(block.activations)
         )
         augmentation: dict[str, float] = {}
-        if self.learned is not None and not block.is_edge:
+        if self.learned is not None and block.index > 0:
             data, augmentation = self._augment(self.learned, block, data, schedule, total, generator)
         before = total - schedule.iterations
         history = reconstruct_block(
@@ -282,6 +282,8 @@ class _Run:
         generator: torch.Generator,
     ) -> tuple[BlockData, dict[str, float]]:
         """Teach T what this block needs and add T(D) to the block's images."""
+        if block.is_edge:  # the last layer teaches nothing, but overfits most: it too learns on T(D)
+            return self.walker.with_copies(block, learned.make(block, generator).images), {}
         meta = learned.teach(
             block,
             data,
