@@ -113,6 +113,7 @@ def _settings(key: Key) -> list[str]:
         f"quantization.placement={key['placement']}",
         f"reconstruction.method={key['method']}",
         f"reconstruction.iterations={key['iterations']}",
+        "augmentation.kind=none",
     ]
 
 

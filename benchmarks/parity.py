@@ -32,6 +32,7 @@ def measure(subject: Subject, bits: str, method: str, iterations: int) -> dict[s
         f"quantization.act_bits={bits[3]}",
         f"reconstruction.method={method}",
         f"reconstruction.iterations={iterations}",
+        "augmentation.kind=none",
     ]
     result = quantized(subject, settings, num=128, seed=0)
     manifest = Manifest(model=subject.name, placement="integer", method=method)

@@ -346,12 +346,14 @@ class Run:
 
     def manifest(self) -> Manifest:
         """What the exported file says about itself."""
+        from metaaug_cli.prepare import method_label
+
         placement = self.chain.placement
         fingerprint = self.info["fingerprint"]
         return Manifest(
             model=self.info["model"],
             placement=self.recipe.quantization.placement,
-            method=self.recipe.reconstruction.method,
+            method=method_label(self.recipe),
             weight_bits={w.name: w.bits for w in placement.weights.values()},
             act_bits={a.name: a.bits for a in placement.activations.values()},
             recipe=self.recipe.model_dump(mode="json"),

@@ -111,6 +111,12 @@ def augmentation_kind(recipe: Recipe) -> str:
     return LEARNED if min(q.weight_bits, q.act_bits) <= _FEW_BITS else NONE
 
 
+def method_label(recipe: Recipe) -> str:
+    """The method and its augmentation in a few words: ``genie``, ``genie with metaaug``."""
+    kind = augmentation_kind(recipe)
+    return recipe.reconstruction.method if kind == NONE else f"{recipe.reconstruction.method} with {kind}"
+
+
 def learns_augmenter(recipe: Recipe) -> bool:
     """Whether the run teaches an augmenter."""
     return learned_part(augmentation_kind(recipe))[0]

@@ -197,10 +197,10 @@ class Augmentation(Section):
     """Changed copies of the calibration images to learn on besides the images themselves."""
 
     kind: str = Field(
-        default="none",
-        description=f"`none`; fixed operations joined by `+`: {', '.join(OPERATION_NAMES)}; `metaaug`, the "
-        "learned augmenter, alone or with operations on its images (`metaaug+trivial-geometric`); `auto`, "
-        "which the bits decide.",
+        default="auto",
+        description="`auto` is `metaaug` where weights or activations have 2 bits and something is learned, "
+        "else `none`. `metaaug` is the learned augmenter, alone or with operations on its images "
+        f"(`metaaug+trivial-geometric`). Fixed operations, joined by `+`: {', '.join(OPERATION_NAMES)}.",
     )
     copies: int | Literal["auto"] = Field(
         default="auto",
@@ -234,7 +234,7 @@ class MetaAug(Section):
     """How the learned augmenter T is built and taught; used where `augmentation.kind` names `metaaug`."""
 
     form: Literal["unet", "residual", "policy"] = Field(
-        default="residual",
+        default="policy",
         description="`unet` as published, warmed up to reproduce its input; `residual` adds the UNet's "
         "output, zero at first, to the image; `policy` learns strengths of geometric, colour and mixing "
         "operations.",
@@ -245,7 +245,7 @@ class MetaAug(Section):
     warmup_steps: int = Field(
         default=500, ge=1, description="Steps in which a `unet` learns to reproduce the images."
     )
-    steps: int = Field(default=500, ge=1, description="Outer steps for each block.")
+    steps: int = Field(default=100, ge=1, description="Outer steps for each block; 500 in the paper.")
     batch_size: int = Field(default=32, ge=2, description="Images that T changes in a step.")
     val_batch_size: int = Field(
         default=64, ge=2, description="Original images on which the updated block is validated."

@@ -38,7 +38,8 @@ def calibration(seed=1):
 def recipe(*assignments):
     """Two-bit weights, and activations of so many bits that a code on a border changes no loss by 1e-4."""
     fast = ["quantization.weight_bits=2", "quantization.act_bits=8", "reconstruction.iterations=20"]
-    return Recipe().override([*fast, "reconstruction.batch_size=8", *assignments])
+    plain = ["augmentation.kind=none", "reconstruction.batch_size=8"]
+    return Recipe().override([*fast, *plain, *assignments])
 
 
 class Recorder:

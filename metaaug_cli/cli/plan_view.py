@@ -20,7 +20,7 @@ def show_plan(
     """Print the blocks of a run, their bits, memory and time, and give them as data."""
     from metaaug_cli.pipeline import pick_device
     from metaaug_cli.planning import plan_run
-    from metaaug_cli.prepare import prepare_chain, schedule_of
+    from metaaug_cli.prepare import method_label, prepare_chain, schedule_of
 
     chain = prepare_chain(loaded.module, tuple(calibration.images.shape[1:]), recipe)
     rows = plan_run(
@@ -31,7 +31,7 @@ def show_plan(
         teaching=_teaching(calibration, recipe),
     )
     console.table(
-        f"Plan: {recipe.reconstruction.method}, {recipe.quantization.placement} placement, "
+        f"Plan: {method_label(recipe)}, {recipe.quantization.placement} placement, "
         f"{len(calibration.images)} images",
         ["block", "layers", "params", "W", "A", "MMAC", "cache MiB", "time"],
         [

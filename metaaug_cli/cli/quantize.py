@@ -87,7 +87,8 @@ RecipeOpt = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME|FILE",
-        help="w8a8, w4a4, w2a4, w2a2 or a YAML file.",
+        help="w8a8, w4a4, w2a4, w2a2, the last three also with -metaaug and -metaaug-fast, few-shot-32, or "
+        "a YAML file.",
         rich_help_panel=METHOD_PANEL,
     ),
 ]

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 def show_result(console: Console, recipe: Recipe, result: QuantizedModel, run_dir: Path) -> None:
     """Print the error of each block, the agreement and what comes next, and give them as data."""
+    from metaaug_cli.prepare import method_label
+
     q = recipe.quantization
     columns = _columns(result.histories)
     console.table(
-        f"W{q.weight_bits}A{q.act_bits} {recipe.reconstruction.method}, {q.placement} placement: "
+        f"W{q.weight_bits}A{q.act_bits} {method_label(recipe)}, {q.placement} placement: "
         "error of each block against float",
         ["block", *columns],
         [

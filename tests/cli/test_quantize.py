@@ -134,7 +134,7 @@ def test_plan_shows_every_block_and_writes_nothing(digits, tmp_path, monkeypatch
 
 LEARNED = [
     *("--augment", "metaaug", "--holdout", "8", "--iterations", "2"),
-    *("--set", "metaaug.steps=2", "--set", "metaaug.base_width=4"),
+    *("--set", "metaaug.steps=2", "--set", "metaaug.base_width=4", "--set", "metaaug.form=residual"),
 ]
 
 

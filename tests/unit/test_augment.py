@@ -206,7 +206,7 @@ def test_cutmix_partners_are_never_the_image_itself():
 @pytest.mark.parametrize(
     ("settings", "images", "expected"),
     [
-        ([], 32, 0),
+        (["augmentation.kind=none"], 32, 0),
         (["augmentation.kind=flip"], 32, 8),
         (["augmentation.kind=flip"], 1024, 2),
         (["augmentation.kind=flip"], 5000, 1),

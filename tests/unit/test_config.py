@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from metaaug_cli.config import Recipe, load_recipe, shipped_recipes
 from metaaug_cli.errors import RecipeError
+from metaaug_cli.prepare import augmentation_kind, augmenter_of, meta_schedule_of
 
 
 def write(folder: Path, text: str) -> Path:
@@ -205,3 +206,30 @@ def test_full_placement_refuses_bits_of_its_own_for_some_tensors():
     for key in ("first_last_bits", "other_act_bits", "stem_output_bits"):
         with pytest.raises(RecipeError, match=rf"{key} 6 has no place in full placement"):
             full.override([f"quantization.{key}=6"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        (["quantization.weight_bits=2", "quantization.act_bits=2"], "metaaug"),
+        (["quantization.weight_bits=2"], "metaaug"),
+        (["quantization.act_bits=2"], "metaaug"),
+        ([], "none"),
+        (["quantization.weight_bits=2", "reconstruction.method=nearest"], "none"),
+        (["quantization.weight_bits=2", "augmentation.kind=flip"], "flip"),
+    ],
+)
+def test_two_bits_learn_on_the_augmenters_copies_unless_told_otherwise(settings, kind):
+    assert augmentation_kind(Recipe().override(settings)) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "epsilon"), [("w2a2-metaaug", 0.3), ("w2a4-metaaug", 0.1), ("w4a4-metaaug", 0.1)]
+)
+def test_the_metaaug_recipes_have_the_papers_weights(name, epsilon):
+    recipe = load_recipe(name)
+    assert augmentation_kind(recipe) == "metaaug"
+    schedule = meta_schedule_of(recipe)
+    assert (schedule.val_weight, schedule.margin_weight, schedule.preserve_weight) == (5.0, 0.5, 3e4)
+    assert augmenter_of(recipe).epsilon == epsilon
+    assert augmenter_of(recipe.override(["metaaug.epsilon=auto"])).epsilon == epsilon
