@@ -303,7 +303,7 @@ class Run:
     def input_size(self) -> tuple[int, int, int]:
         """(C, H, W) of the network's input."""
         preprocessing = self.preprocessing
-        return (len(preprocessing.mean), *preprocessing.size)
+        return (preprocessing.channels, *preprocessing.size)
 
     @cached_property
     def chain(self) -> Chain:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from metaaug_cli.augment_kinds import learned_part, parse_kind
+from metaaug_cli.augment_kinds import parse_kind
 from metaaug_cli.augment_policies import (
     ALL,
     GEOMETRIC,
@@ -26,8 +26,6 @@ from metaaug_cli.augment_policies import (
     trivial_policy,
 )
 from metaaug_cli.preprocessing import Preprocessing
-
-__all__ = ["OPERATIONS", "augmented_copies", "learned_part", "parse_kind"]
 
 _LARGEST_ROTATION = 30.0  # degrees
 _LARGEST_SHEAR = math.degrees(math.atan(0.3))
@@ -44,7 +42,7 @@ def augmented_copies(
         images: (N, C, H, W), normalised.
         preprocessing: What normalised them; the copies stay inside its pixel range.
         kind: ``none``, or operations joined by ``+`` (``flip+geometric+mixup``), applied in the order of
-            ``OPERATIONS``. ``learned_part`` separates these from ``metaaug``.
+            ``OPERATIONS``. ``augment_kinds.learned_part`` separates these from ``metaaug``.
         copies: Copies of each image.
         generator: CPU generator, the only source of randomness.
 

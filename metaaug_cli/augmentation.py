@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metaaug_cli.augment import augmented_copies
+from metaaug_cli.augment_kinds import NONE
 from metaaug_cli.augmenter import Augmenter, AugmenterSpec, augment, image_variance
 from metaaug_cli.bilevel import MetaSchedule
 from metaaug_cli.blocks import Block
@@ -33,7 +34,8 @@ class Copies:
         images: (K, C, H, W).
         distance: Mean (T(x) - x)^2 as a share of the images' variance.
         similarity: Mean cosine between the float network's features of x and T(x), both without their mean
-            over the originals; 1 means that T changes nothing the network sees.
+            over the originals; 1 means that T changes nothing the network sees. With a single original
+            nothing is left without the mean, which then stays.
         originals: (S, C, H, W), up to eight of the originals, to look at.
         changed: T of ``originals`` without the fixed operations.
     """
@@ -75,8 +77,8 @@ class LearnedAugmentation:
         images: (N, C, H, W) calibration images, on the CPU.
         preprocessing: What normalised them.
         operations: Fixed operations on T(x), or "none".
-        copies: Copies of each image where there are operations or T draws; else T gives one.
-        seed: Of T's initial weights, its warm-up and nothing else.
+        copies: Copies of each image where there are operations or T draws; else T gives one whatever this is.
+        seed: Of T's initial weights and its warm-up.
         device: Where T lives.
     """
 
@@ -94,7 +96,7 @@ class LearnedAugmentation:
         device: torch.device,
     ) -> None:
         self.images, self.preprocessing, self.operations, self.seed = images, preprocessing, operations, seed
-        self.copies = copies if operations != "none" or spec.form == "policy" else 1
+        self.copies = copies
         self.variance = max(image_variance(images), 1e-12)
         height, width = images.shape[2:]
         self.augmenter = Augmenter(spec, preprocessing, (height, width), self.variance, seed=seed).to(device)
@@ -104,11 +106,11 @@ class LearnedAugmentation:
         self.views = passes.views(images, device)
         self.learner = MetaLearner(self.augmenter, passes, images, self.views, schedule)
 
-    def warm_up(self, steps: int, sha256: str, tick: Tick | None = None) -> WarmUp | None:
+    def warm_up(self, steps: int, tick: Tick | None = None) -> WarmUp | None:
         """Teach a ``unet`` to reproduce the images; the other forms start at the identity by construction."""
         if self.augmenter.spec.form != "unet":
             return None
-        return warm_up(self.augmenter, self.images, steps=steps, seed=self.seed, sha256=sha256, tick=tick)
+        return warm_up(self.augmenter, self.images, steps=steps, seed=self.seed, tick=tick)
 
     def teach(
         self,
@@ -142,7 +144,7 @@ class LearnedAugmentation:
         for note in (distance_note(distance, self.augmenter.spec.epsilon), similarity_note(similarity)):
             if note is not None:
                 _logger.warning("block %s: %s", block.name, note)
-        if self.operations != "none":
+        if self.operations != NONE:
             each = self.copies if self._passes() == 1 else 1
             made = augmented_copies(made, self.preprocessing, self.operations, each, generator)
         shown = torch.linspace(0, len(self.images) - 1, min(len(self.images), SHOWN_IMAGES)).round().long()
@@ -153,7 +155,7 @@ class LearnedAugmentation:
         return self.copies if self.augmenter.spec.form == "policy" else 1
 
     def _similarity(self, made: Tensor) -> float:
-        centre = self.views.features.mean(0)
+        centre = self.views.features.mean(0) if len(self.images) > 1 else 0.0
         changed = self.passes.views(made, self.views.features.device).features
         return float(torch.cosine_similarity(self.views.features - centre, changed - centre).mean())
 

@@ -64,9 +64,8 @@ class AugmentationFiles:
         Raises:
             InputError: The file cannot be read.
         """
-        path = self.path(block.index, block.name)
         if not block.is_edge:
-            learned.load(read_state(path))
+            learned.load(read_state(self.path(block.index, block.name)))
 
     def write_page(self) -> None:
         """Write ``index.html`` anew from the files of all finished blocks."""
@@ -79,9 +78,8 @@ class AugmentationFiles:
         history = _read_json(self.directory.block_path(index, name, ".json"))
         if history is None:
             return None
-        return BlockView(
-            name, history["losses"], self._taught(index, name) if history["augmentation"] else None
-        )
+        taught = self._taught(index, name) if history.get("augmentation") else None
+        return BlockView(name, history.get("losses", {}), taught)
 
     def _taught(self, index: int, name: str) -> Taught | None:
         content = _read_json(self.path(index, name, ".json"))

@@ -67,11 +67,10 @@ class Augmenter(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.radius = spec, spec.epsilon * variance
-        mean = torch.tensor(preprocessing.mean).view(-1, 1, 1)
-        std = torch.tensor(preprocessing.std).view(-1, 1, 1)
-        self.register_buffer("low", (0.0 - mean) / std)
-        self.register_buffer("high", (1.0 - mean) / std)
-        channels = len(preprocessing.mean)
+        low, high = (bound.view(-1, 1, 1) for bound in preprocessing.pixel_bounds())
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+        channels = preprocessing.channels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network: nn.Module = (

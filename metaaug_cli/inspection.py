@@ -153,8 +153,7 @@ def contact_sheet(calibration: CalibrationSet, *, max_images: int = 100) -> Imag
 
 def to_picture(calibration: CalibrationSet, index: int) -> Image.Image:
     """One image of a set as a viewable picture; values outside the pixel range are clipped."""
-    pixels = calibration.preprocessing.denormalise(calibration.images[index])
-    data = pixels.mul(255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    data = calibration.preprocessing.pixels(calibration.images[index]).permute(1, 2, 0).numpy()
     return Image.fromarray(data[:, :, 0] if data.shape[2] == 1 else data)
 
 

@@ -130,7 +130,7 @@ class MetaLearner:
         validation = _draw(count, self.schedule.val_batch_size, generator)
         x = self.images[chosen].to(device)
         made = self.augmenter(x, generator)
-        _, h_val, _ = data.batch(validation)
+        h_val = data.quantized_stream.batch(validation)
         outer = bilevel.outer(
             x, made.detach(), self.views.of(chosen), h_val, self.views.of(validation), measure=recorded
         )

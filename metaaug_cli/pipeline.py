@@ -24,15 +24,17 @@ from metaaug_cli.capture import export_program
 from metaaug_cli.config import Recipe
 from metaaug_cli.data import CalibrationSet
 from metaaug_cli.deploy import deploy
-from metaaug_cli.errors import MetaAugError, RecipeError, UsageError
+from metaaug_cli.errors import MetaAugError, UsageError
 from metaaug_cli.memory import peak_memory_mib
 from metaaug_cli.models import LoadedModel
 from metaaug_cli.prepare import (
     augmentation_kind,
     augmenter_of,
+    copies_of,
     learns_augmenter,
     meta_schedule_of,
     prepare_chain,
+    require_images,
     schedule_of,
 )
 from metaaug_cli.preprocessing import Preprocessing
@@ -125,7 +127,7 @@ def quantize(
         UsageError: The device is not there, or ``run_dir`` is taken.
     """
     progress = progress or _Silent()
-    _require_images(len(calibration.images), recipe)
+    require_images(len(calibration.images), recipe)
     target = pick_device(device)
     channels, height, width = calibration.images.shape[1:]
     input_size = (channels, height, width)
@@ -142,8 +144,9 @@ def quantize(
         run = _start(chain.to(target), calibration, recipe, target, cache_gb, directory, progress)
         histories = [run.walk(block, resumed=block.index < done) for block in chain.blocks]
         run.show()
+    learned_from = run.walker.images[: run.walker.originals]
     deployed = deploy(chain.to(torch.device("cpu")))
-    metrics = _metrics(chain, histories, calibration.images, deployed, time.monotonic() - started)
+    metrics = _metrics(chain, histories, learned_from, deployed, time.monotonic() - started)
     if directory is not None:
         directory.finish(info, metrics)
     return QuantizedModel(chain.module, deployed, chain, histories, input_size, metrics)
@@ -175,23 +178,15 @@ def _start(
             images,
             calibration.preprocessing,
             operations=learned_part(augmentation_kind(recipe))[1],
-            copies=recipe.augmentation.copies_for(len(images)),
+            copies=copies_of(recipe, len(images)),
             seed=recipe.seed,
             device=device,
         )
-        warmed = learned.warm_up(recipe.metaaug.warmup_steps, calibration.sha256, progress.warming_up)
+        warmed = learned.warm_up(recipe.metaaug.warmup_steps, progress.warming_up)
         if warmed is not None:
             progress.warmed_up(warmed)
     files = AugmentationFiles(directory, [b.name for b in chain.blocks]) if directory and learned else None
     return _Run(walker, recipe, progress, directory, learned, files)
-
-
-def _require_images(count: int, recipe: Recipe) -> None:
-    if recipe.calibration.holdout >= count:
-        raise RecipeError(
-            f"calibration.holdout: {recipe.calibration.holdout} of {count} images leave none to learn from",
-            hint="hold back fewer, or give more images",
-        )
 
 
 def _split(images: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -209,7 +204,7 @@ def _with_copies(images: Tensor, preprocessing: Preprocessing, recipe: Recipe) -
     if is_learned or operations == NONE:
         return images
     generator = torch.Generator().manual_seed(recipe.seed)
-    copies = recipe.augmentation.copies_for(len(images))
+    copies = copies_of(recipe, len(images))
     return torch.cat([images, augmented_copies(images, preprocessing, operations, copies, generator)])
 
 
@@ -250,7 +245,7 @@ class _Run:
         """One block: scales searched, the augmenter taught, the block reconstructed on D and T(D)."""
         recipe = self.recipe
         schedule, total = schedule_of(recipe), _steps_per_block(recipe)
-        generator = torch.Generator().manual_seed(recipe.seed * 100_003 + block.index)
+        generator = torch.Generator().manual_seed((recipe.seed * 100_003 + block.index) % 2**63)
         data = self.walker.enter(block, learns=schedule.iterations > 0)
         chosen = torch.randperm(len(data), generator=generator)[:_SCALE_SEARCH_IMAGES]
         search_activation_scales(block, data.quantized_stream.batch(chosen))
@@ -304,7 +299,9 @@ class _Run:
     def _losses(self, block: Block, data: BlockData) -> dict[str, float]:
         """Reconstruction loss after learning by image set: how far the block overfits."""
         losses = {"originals": probe_loss(block, data, _probe(len(data)))}
-        losses["trained"] = probe_loss(block, data, _probe(len(data.float_stream)))
+        losses["trained"] = losses["originals"]
+        if len(data.float_stream) > len(data):
+            losses["trained"] = probe_loss(block, data, _probe(len(data.float_stream)))
         held_back = self.walker.held_back_data(block)
         if held_back is not None:
             losses["held_back"] = probe_loss(block, held_back, _probe(len(held_back)))

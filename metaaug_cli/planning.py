@@ -69,6 +69,7 @@ def plan_run(
     *,
     images: int,
     device: torch.device,
+    copies: int = 0,
     teaching: TeachingPlan | None = None,
 ) -> list[PlanRow]:
     """Describe every block; the time comes from training steps of each on four random images.
@@ -78,6 +79,7 @@ def plan_run(
         schedule: Of each block.
         images: Calibration images.
         device: Where the run would be.
+        copies: Of all images together; learned copies are kept only where a block teaches the augmenter.
         teaching: The learned augmenter's, where the run has one.
     """
     chain.to(device)
@@ -85,6 +87,7 @@ def plan_run(
     trial = _Trial(chain, teaching, device) if teaching is not None else None
     for block in chain.blocks:
         layers = block.stage.layers
+        copied = teaching is None or not block.is_edge
         parameters = sum(a.meta["val"].numel() for n in layers for a in n.args[1:3] if hasattr(a, "meta"))  # type: ignore[union-attr]
         rows.append(
             PlanRow(
@@ -94,7 +97,7 @@ def plan_run(
                 weight_bits=tuple(sorted({q.bits for q in block.weights.values()})),
                 act_bits=tuple(sorted({q.bits for q in block.activations.values()})),
                 macs=stage_macs(block.stage),
-                cache_bytes=stage_bytes(block.stage, images),
+                cache_bytes=stage_bytes(block.stage, images + (copies if copied else 0)),
                 seconds=_learning_seconds(block, schedule, device) if schedule.iterations else None,
                 augmenter_seconds=trial.seconds(block, schedule) if trial and not block.is_edge else None,
             )
@@ -128,7 +131,7 @@ class _Trial:
     def __init__(self, chain: Chain, teaching: TeachingPlan, device: torch.device) -> None:
         self.schedule, self.device = teaching.schedule, device
         few = replace(teaching.schedule, steps=1, batch_size=_TIMED_BATCH, val_batch_size=_TIMED_BATCH)
-        size = (len(teaching.preprocessing.mean), *teaching.preprocessing.size)
+        size = (teaching.preprocessing.channels, *teaching.preprocessing.size)
         self.learned = LearnedAugmentation(
             teaching.spec,
             few,

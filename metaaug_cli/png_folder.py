@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from metaaug_cli.data import CalibrationSet
@@ -38,8 +37,7 @@ def write_pngs(calibration: CalibrationSet, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for image, source in zip(calibration.images, calibration.sources, strict=True):
-            pixels = preprocessing.denormalise(image).mul(255).round().clamp(0, 255).to(torch.uint8)
-            array = pixels.permute(1, 2, 0).squeeze(-1).numpy()
+            array = preprocessing.pixels(image).permute(1, 2, 0).squeeze(-1).numpy()
             Image.fromarray(array).save(folder / f"{Path(source).name}.png", compress_level=1)
     except OSError as exc:
         raise InputError(f"cannot write images to {folder}: {exc}") from exc

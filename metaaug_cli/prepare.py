@@ -11,7 +11,7 @@ from metaaug_cli.bilevel import MetaSchedule
 from metaaug_cli.blocks import Chain, build_chain
 from metaaug_cli.capture import capture
 from metaaug_cli.config import Recipe
-from metaaug_cli.errors import GraphError
+from metaaug_cli.errors import GraphError, RecipeError
 from metaaug_cli.placement import Bits, place
 from metaaug_cli.reconstruct import Schedule, rate_factor
 
@@ -120,6 +120,27 @@ def method_label(recipe: Recipe) -> str:
 def learns_augmenter(recipe: Recipe) -> bool:
     """Whether the run teaches an augmenter."""
     return learned_part(augmentation_kind(recipe))[0]
+
+
+def copies_of(recipe: Recipe, images: int) -> int:
+    """Copies of each of ``images`` images that a block learns from besides them."""
+    learned, operations = learned_part(augmentation_kind(recipe))
+    if operations != NONE or (learned and recipe.metaaug.form == "policy"):
+        return recipe.augmentation.copies_for(images)
+    return 1 if learned else 0
+
+
+def require_images(count: int, recipe: Recipe) -> None:
+    """Whether ``count`` images leave some to learn from.
+
+    Raises:
+        RecipeError: All of them would be held back.
+    """
+    if recipe.calibration.holdout >= count:
+        raise RecipeError(
+            f"calibration.holdout: {recipe.calibration.holdout} of {count} images leave none to learn from",
+            hint="hold back fewer, or give more images",
+        )
 
 
 def augmenter_of(recipe: Recipe) -> AugmenterSpec:

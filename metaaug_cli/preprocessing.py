@@ -109,6 +109,10 @@ class Preprocessing:
         mean, std = self._channel_constants()
         return images * std + mean
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """Map normalised images (..., C, H, W) to viewable uint8 pixels, clipped to what a pixel can be."""
+        return self.denormalise(images).mul(255).round().clamp(0, 255).to(torch.uint8)
+
     def pixel_bounds(self) -> tuple[Tensor, Tensor]:
         """Lowest and highest normalised value each channel can take, as two tensors (C,)."""
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)

@@ -214,7 +214,7 @@ class Augmentation(Section):
             check_kind(value)
         except RecipeError as error:
             raise ValueError("; ".join(text for text in (error.message, error.hint) if text)) from None
-        return value
+        return value.strip()
 
     @field_validator("copies")
     @classmethod
@@ -252,7 +252,8 @@ class MetaAug(Section):
     )
     lr: Literal["auto"] | Positive = Field(
         default="auto",
-        description="Adam's rate for T; `auto` is the published 5e-6 for a `unet`, more for others.",
+        description="Adam's rate for T; `auto` is the published 5e-6 at 500 steps for a `unet`, more for "
+        "fewer steps and for other forms.",
     )
     grad_clip: Positive = Field(default=0.1, description="Largest norm of T's gradient.")
     epsilon: Literal["auto"] | Positive = Field(
@@ -263,7 +264,8 @@ class MetaAug(Section):
     distance: Literal["projection", "margin", "published"] = Field(
         default="projection",
         description="`projection` draws T(x) back to at most epsilon; `margin` punishes any other distance; "
-        "`published` only punishes less.",
+        "`published` only punishes less. A `policy` is held by the ranges of its operations instead of a "
+        "projection.",
     )
     val_weight: NotNegative = Field(default=5.0, description="Weight of the validation term, lambda 1.")
     margin_weight: NotNegative = Field(default=0.5, description="Weight of the margin, lambda 2.")

@@ -63,22 +63,23 @@ class Lane:
             originals,
         )
 
-    def joined(self, other: Lane) -> Lane:
-        """Both lanes' images as one; both have entered the same block and store its inputs."""
+    def joined(self, other: Lane, place: torch.device) -> Lane:
+        """Both lanes' images as one, kept on ``place``; both store the same block's inputs."""
         lane = Lane(self.float_stream.stored[0], self.float_stream.device)
         pairs = (
             (lane.float_stream, self.float_stream, other.float_stream),
             (lane.quantized_stream, self.quantized_stream, other.quantized_stream),
         )
         for stream, first, second in pairs:
-            stream.stored = _cat(first.stored, second.stored)
+            stream.stored = _cat(first.stored, second.stored, place)
         if self.targets is not None and other.targets is not None:
-            lane.targets = _cat(self.targets, other.targets)
+            lane.targets = _cat(self.targets, other.targets, place)
         return lane
 
 
-def _cat(first: Values, second: Values) -> Values:
-    return tuple(torch.cat([a, b.to(a.device)]) for a, b in zip(first, second, strict=True))
+def _cat(first: Values, second: Values, place: torch.device) -> Values:
+    # Moved before they are joined: what fits a device alone may not fit it together.
+    return tuple(torch.cat([a.to(place), b.to(place)]) for a, b in zip(first, second, strict=True))
 
 
 class Walker:
@@ -119,7 +120,7 @@ class Walker:
         lane = Lane(copies, self.device)
         self._catch_up(lane)
         lane.enter(block, place)
-        return self.main.joined(lane).data(block, self.originals)
+        return self.main.joined(lane, place).data(block, self.originals)
 
     def held_back_data(self, block: Block) -> BlockData | None:
         """The entered block's data of the held-back images, if there are any."""

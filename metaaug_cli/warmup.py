@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,9 +15,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from metaaug_cli.augmenter import Augmenter, augment, image_variance
-from metaaug_cli.errors import MetaAugError
+from metaaug_cli.augmenter import Augmenter, image_variance
+from metaaug_cli.errors import InputError, MetaAugError
 from metaaug_cli.files import write_atomically
+from metaaug_cli.reconstruct import Tick
 
 LARGEST_ERROR = 0.1
 _RECIPE_VERSION = 1  # raise when the warm-up's arithmetic changes: cached ones are then not used
@@ -26,8 +26,6 @@ _RATE = 2e-3
 _BATCH = 32
 _LEAST_CROP = 0.5  # of the side
 _logger = logging.getLogger(__name__)
-
-Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class WarmUp:
 
 
 def warm_up(
-    augmenter: Augmenter, images: Tensor, *, steps: int, seed: int, sha256: str, tick: Tick | None = None
+    augmenter: Augmenter, images: Tensor, *, steps: int, seed: int, tick: Tick | None = None
 ) -> WarmUp:
     """Train ``augmenter.network`` to reproduce ``images`` (N, C, H, W) and random crops of them.
 
@@ -49,20 +47,20 @@ def warm_up(
     Raises:
         MetaAugError: T has not learned the identity.
     """
-    path = _cache_path(augmenter, sha256, steps, seed)
-    cached = _load(augmenter, path)
+    path = _cache_path(augmenter, images, steps, seed)
+    cached = path is not None and _load(augmenter, path)
     if not cached:
         _train(augmenter, images, steps, seed, tick)
     augmenter.eval().requires_grad_(requires_grad=True)
     error = identity_error(augmenter, images)
     _logger.info("warm-up of the augmenter: error %.4f of the images' variance", error)
-    if error > LARGEST_ERROR:
+    if not error <= LARGEST_ERROR:  # so that nan stops the run too
         raise MetaAugError(
             f"the augmenter has not learned to reproduce its input: error {error:.3f} of the images' "
             f"variance after {steps} steps, at most {LARGEST_ERROR} is allowed",
             hint="raise metaaug.warmup_steps, or use metaaug.form=residual, which needs no warm-up",
         )
-    if not cached:
+    if not cached and path is not None:
         _save(augmenter, path)
     return WarmUp(error, steps, cached)
 
@@ -112,20 +110,31 @@ def _crops(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat([part, images[half:]])
 
 
-def cache_directory() -> Path:
-    """Where warm-ups are kept: ``$METAAUG_CACHE``, else ``metaaug`` in the user's cache directory."""
-    chosen = os.environ.get("METAAUG_CACHE")
-    if chosen:
+def cache_directory() -> Path | None:
+    """Where warm-ups are kept: ``$METAAUG_CACHE``, else ``metaaug`` in the user's cache directory.
+
+    None where the user has no home directory and names no other.
+    """
+    if chosen := os.environ.get("METAAUG_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaaug"
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "metaaug"
+    try:
+        return Path.home() / ".cache" / "metaaug"
+    except RuntimeError:
+        return None
 
 
-def _cache_path(augmenter: Augmenter, sha256: str, steps: int, seed: int) -> Path:
+def _cache_path(augmenter: Augmenter, images: Tensor, steps: int, seed: int) -> Path | None:
+    folder = cache_directory()
+    if folder is None:
+        return None
     shapes = {name: list(value.shape) for name, value in augmenter.network.state_dict().items()}
+    taught = [list(images.shape), hashlib.sha256(images.contiguous().numpy().data).hexdigest()]
     device = augmenter.low.device.type
-    key = [_RECIPE_VERSION, asdict(augmenter.spec), shapes, sha256, steps, seed, device, torch.__version__]
+    key = [_RECIPE_VERSION, asdict(augmenter.spec), shapes, taught, steps, seed, device, torch.__version__]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache_directory() / "warmup" / f"{name}.safetensors"
+    return folder / "warmup" / f"{name}.safetensors"
 
 
 def _load(augmenter: Augmenter, path: Path) -> bool:
@@ -141,8 +150,5 @@ def _save(augmenter: Augmenter, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save(state))
-    except OSError as error:
+    except (OSError, InputError) as error:
         _logger.warning("the warm-up is not kept for later runs: %s", error)
-
-
-__all__ = ["LARGEST_ERROR", "WarmUp", "augment", "cache_directory", "identity_error", "warm_up"]

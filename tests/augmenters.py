@@ -2,6 +2,7 @@
 
 import torch
 from networks import SIZE, family, images, searched
+from torch import Tensor
 
 from metaaug_cli.augmentation import LearnedAugmentation
 from metaaug_cli.augmenter import AugmenterSpec
@@ -23,6 +24,7 @@ def learned_augmentation(
     operations: str = "none",
     copies: int = 3,
     spec: dict[str, object] | None = None,
+    pictures: Tensor = PICTURES,
     **schedule: object,
 ) -> LearnedAugmentation:
     """T over a new chain of the network, scales searched; ``schedule`` are fields of ``MetaSchedule``."""
@@ -32,7 +34,7 @@ def learned_augmentation(
         AugmenterSpec(**{"form": form, "base_width": 4} | (spec or {})),
         MetaSchedule(**fields | schedule),
         chain.blocks,
-        PICTURES,
+        pictures,
         PREPROCESSING,
         operations=operations,
         copies=copies,

@@ -20,19 +20,21 @@ def show_plan(
     """Print the blocks of a run, their bits, memory and time, and give them as data."""
     from metaaug_cli.pipeline import pick_device
     from metaaug_cli.planning import plan_run
-    from metaaug_cli.prepare import method_label, prepare_chain, schedule_of
+    from metaaug_cli.prepare import copies_of, method_label, prepare_chain, require_images, schedule_of
 
+    images = len(calibration.images)
+    require_images(images, recipe)
     chain = prepare_chain(loaded.module, tuple(calibration.images.shape[1:]), recipe)
     rows = plan_run(
         chain,
         schedule_of(recipe),
-        images=len(calibration.images),
+        images=images,
         device=pick_device(device),
+        copies=copies_of(recipe, images) * images,
         teaching=_teaching(calibration, recipe),
     )
     console.table(
-        f"Plan: {method_label(recipe)}, {recipe.quantization.placement} placement, "
-        f"{len(calibration.images)} images",
+        f"Plan: {method_label(recipe)}, {recipe.quantization.placement} placement, {images} images",
         ["block", "layers", "params", "W", "A", "MMAC", "cache MiB", "time"],
         [
             (

@@ -45,6 +45,7 @@ EPILOG = """\
       --size 224 --mean .485,.456,.406 --std .229,.224,.225
   metaaug quantize resnet18 --calib ./imgs --recipe w4a4 --plan
   metaaug quantize resnet18 --calib ./imgs --set reconstruction.quant_prob=0.7
+  metaaug quantize resnet18 --calib ./imgs --recipe few-shot-32 --holdout 4
 
 [bold]Then[/bold]
   metaaug evaluate RUN --data DIR      accuracy, and parity with ONNX Runtime
@@ -87,8 +88,8 @@ RecipeOpt = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME|FILE",
-        help="w8a8, w4a4, w2a4, w2a2, the last three also with -metaaug and -metaaug-fast, few-shot-32, or "
-        "a YAML file.",
+        help="w8a8, w4a4, w2a4, w2a2; the last three with -metaaug or -metaaug-fast for copies that are "
+        "learned; few-shot-32; or a YAML file.",
         rich_help_panel=METHOD_PANEL,
     ),
 ]
@@ -135,9 +136,9 @@ AugmentOpt = Annotated[
     typer.Option(
         "--augment",
         metavar="KIND",
-        help="Learn on changed copies too, meant for few images: none, auto, metaaug (learned), or joined by "
-        "+ (also after metaaug+) flip, crop, rotate, geometric, brightness, contrast, photometric, mixup, "
-        "cutmix, and trivial or rand, whole or as -geometric, -photometric.",
+        help="Learn on changed copies too, meant for few images: none, metaaug (learned), auto (metaaug at 2 "
+        "bits), or joined by + (also after metaaug+) flip, crop, rotate, geometric, brightness, contrast, "
+        "photometric, mixup, cutmix, and trivial or rand, whole or as -geometric, -photometric.",
         rich_help_panel=METHOD_PANEL,
     ),
 ]
@@ -234,6 +235,7 @@ def quantize(
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {device} is not a device", hint="use --device auto, cpu or cuda")
     resolved = _resolve_recipe(recipe, flags, set_ or [])
+    _warn_of_settings_without_effect(console, resolved, set_ or [])
     options = model_options(
         weights=weights, size=size, resize=resize, mean=mean, std=std, interpolation=interpolation
     )
@@ -275,6 +277,19 @@ def _resolve_recipe(name: str | None, flags: dict[str, tuple[str, Any]], assignm
             text = text.replace(f"{key}:", f"{flag}:")
         raise UsageError(text, hint="metaaug quantize --help shows every option, with examples") from None
     return recipe.override(assignments)
+
+
+def _warn_of_settings_without_effect(console: Console, recipe: Recipe, assignments: list[str]) -> None:
+    """Settings of an augmenter that is not learned: more likely a forgotten flag than meant."""
+    from metaaug_cli.prepare import augmentation_kind, learns_augmenter
+
+    given = [a for a in assignments if a.strip().startswith("metaaug.")]
+    if given and not learns_augmenter(recipe):
+        kind = augmentation_kind(recipe)
+        console.warn(
+            f"--set {given[0].strip()} has no effect: augmentation.kind is {kind}, so no augmenter is "
+            "learned (--augment metaaug)"
+        )
 
 
 def _load_calibration(console: Console, calib: Path, loaded: LoadedModel, recipe: Recipe) -> CalibrationSet:

@@ -157,6 +157,20 @@ def test_a_learned_augmenter_is_shown_and_its_trouble_told(digits, tmp_path, cap
     assert "the augmenter has collapsed to the identity" in (out / "log.txt").read_text()
 
 
+def test_settings_of_an_augmenter_that_is_not_learned_are_pointed_out(digits, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    forgotten = ["--set", "metaaug.steps=2", "--plan"]
+    assert main(command(digits, *forgotten)) == 0
+    assert "warning: --set metaaug.steps=2 has no effect" in flat(capfd.readouterr().err)
+    assert main(command(digits, *forgotten, "--augment", "metaaug")) == 0
+    assert "has no effect" not in flat(capfd.readouterr().err)
+
+
+def test_a_plan_that_holds_back_every_image_is_refused(digits, capfd):
+    assert main(command(digits, "--holdout", "100000", "--plan")) == 2
+    assert "leave none to learn from" in flat(capfd.readouterr().err)
+
+
 def test_plan_tells_the_augmenters_share(digits, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert main(command(digits, *LEARNED, "--plan")) == 0

@@ -213,6 +213,11 @@ def test_holding_back_every_image_is_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_the_greatest_seed_is_a_seed_like_any_other():
+    settings = [f"seed={2**63 - 1}", "reconstruction.method=nearest"]
+    assert quantize(exported(), calibration(), recipe=recipe(*settings), device="cpu").histories
+
+
 class OtherCode(ResidualNet):
     def forward(self, x):
         return 2 * super().forward(x)

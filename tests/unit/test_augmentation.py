@@ -27,8 +27,8 @@ def test_only_a_unet_is_warmed_up(monkeypatch):
     asked = []
     monkeypatch.setattr("metaaug_cli.augmentation.warm_up", lambda t, x, **options: asked.append(options))
     for form in ("residual", "policy", "unet"):
-        learned_augmentation(form).warm_up(7, "abc")
-    assert asked == [{"steps": 7, "seed": 0, "sha256": "abc", "tick": None}]
+        learned_augmentation(form).warm_up(7)
+    assert asked == [{"steps": 7, "seed": 0, "tick": None}]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,12 @@ def test_similarity_is_that_of_centred_features():
     by_hand = ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean()
     assert made.similarity == pytest.approx(float(by_hand), rel=1e-4)
     assert 0 < made.similarity < 1
+
+
+def test_a_single_image_is_recognised():
+    learned = learned_augmentation(pictures=PICTURES[:1])
+    made = learned.make(data_of(learned, 1)[0], torch.Generator())
+    assert made.similarity == pytest.approx(1.0)
 
 
 def test_a_collapsed_augmenter_is_warned_about(caplog):

@@ -34,6 +34,24 @@ def test_rows_by_hand():
     assert [r.seconds for r in rows] == [None] * 5
 
 
+def test_copies_are_kept_where_a_block_learns_from_them():
+    teaching = TeachingPlan(
+        AugmenterSpec("residual", base_width=4),
+        MetaSchedule(steps=1, batch_size=2, val_batch_size=2),
+        Preprocessing(SIZE[1:], None, "bilinear", (0.5,) * 3, (0.5,) * 3),
+    )
+
+    def kept(**options):
+        chain = build_chain(family("residual"), placed(family("residual"), bits=Bits(2, 2)))
+        rows = plan_run(chain, Schedule(iterations=0), images=10, device=CPU, **options)
+        return [r.cache_bytes for r in rows], [b.is_edge for b in chain.blocks]
+
+    plain, edges = kept()
+    assert kept(copies=20)[0] == [3 * n for n in plain]
+    learned = kept(copies=20, teaching=teaching)[0]
+    assert learned == [n if edge else 3 * n for n, edge in zip(plain, edges, strict=True)]
+
+
 def test_activation_bits_are_those_of_the_grids_each_block_owns():
     chain, rows = plan("residual", kind="academic")
     for block, row in zip(chain.blocks, rows, strict=True):

@@ -5,7 +5,7 @@ import torch
 from networks import family, images, searched
 
 from metaaug_cli.cache import Budget, stage_bytes
-from metaaug_cli.walk import Walker
+from metaaug_cli.walk import Lane, Walker
 
 CPU = torch.device("cpu")
 ORIGINALS, COPIES = images(6), images(9, seed=2)
@@ -59,6 +59,17 @@ def test_copies_that_join_late_are_where_they_had_been_from_the_start(blocks, ro
     assert_same(data, early)
     assert len(data) == len(ORIGINALS)
     assert len(data.float_stream) == 15
+
+
+def test_joined_lanes_lie_where_both_together_have_room(blocks):
+    """The originals alone may fit a device that they and their copies together do not fit."""
+    lanes = [Lane(pictures, CPU) for pictures in (ORIGINALS, COPIES)]
+    for lane in lanes:
+        lane.enter(blocks[0], CPU)
+    joined = lanes[0].joined(lanes[1], torch.device("meta"))
+    values = [*joined.float_stream.stored, *joined.quantized_stream.stored, *joined.targets]
+    assert [v.device.type for v in values] == ["meta"] * 3
+    assert all(len(v) == len(ORIGINALS) + len(COPIES) for v in values)
 
 
 def test_the_originals_walk_on_alone_after_copies_joined(blocks):

@@ -35,9 +35,7 @@ def warmed(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METAAUG_CACHE", str(folder))
         made_by, ticks = unet(), []
-        said = warm_up(
-            made_by, PICTURES, steps=STEPS, seed=0, sha256="a", tick=lambda i, n: ticks.append((i, n))
-        )
+        said = warm_up(made_by, PICTURES, steps=STEPS, seed=0, tick=lambda i, n: ticks.append((i, n)))
     return made_by, said, ticks
 
 
@@ -56,9 +54,7 @@ def test_it_learns_the_identity(warmed):
 def test_the_same_warm_up_is_not_trained_twice(warmed):
     made_by, said, _ = warmed
     again, ticks = unet(), []
-    repeated = warm_up(
-        again, PICTURES, steps=STEPS, seed=0, sha256="a", tick=lambda i, n: ticks.append((i, n))
-    )
+    repeated = warm_up(again, PICTURES, steps=STEPS, seed=0, tick=lambda i, n: ticks.append((i, n)))
     assert ticks == []
     assert repeated.cached
     assert repeated.error == said.error
@@ -67,13 +63,13 @@ def test_the_same_warm_up_is_not_trained_twice(warmed):
     assert not again.training
 
 
-@pytest.mark.parametrize("change", [{"sha256": "b"}, {"seed": 1}, {"steps": 2}])
+@pytest.mark.parametrize("change", [{"images": PICTURES[:12]}, {"seed": 1}, {"steps": 2}])
 def test_other_images_seeds_and_lengths_are_other_warm_ups(warmed, change, monkeypatch):
     monkeypatch.setattr("metaaug_cli.warmup.LARGEST_ERROR", 100.0)
     monkeypatch.setattr("metaaug_cli.warmup._save", lambda *_: None)
     trained = []
     monkeypatch.setattr("metaaug_cli.warmup._train", lambda *_: trained.append(1))
-    warm_up(unet(), PICTURES, **{"steps": STEPS, "seed": 0, "sha256": "a"} | change)
+    warm_up(unet(), **{"images": PICTURES, "steps": STEPS, "seed": 0} | change)
     assert trained == [1]
 
 
@@ -85,24 +81,50 @@ def test_a_damaged_file_is_trained_over(warmed, folder, monkeypatch):
     monkeypatch.setattr(
         "metaaug_cli.warmup._train", lambda t, *_: t.network.load_state_dict(made_by.network.state_dict())
     )
-    assert not warm_up(unet(), PICTURES, steps=STEPS, seed=0, sha256="a").cached
+    assert not warm_up(unet(), PICTURES, steps=STEPS, seed=0).cached
     assert path.read_bytes() == content
 
 
 def test_one_that_has_not_learned_is_refused_and_not_kept(warmed, folder):
     before = set((folder / "warmup").iterdir())
     with pytest.raises(MetaAugError, match="has not learned to reproduce its input") as caught:
-        warm_up(unet(), PICTURES, steps=1, seed=0, sha256="c")
+        warm_up(unet(), PICTURES, steps=1, seed=0)
     assert "metaaug.warmup_steps" in caught.value.hint
     assert set((folder / "warmup").iterdir()) == before
 
 
-def test_a_cache_that_cannot_be_written_only_warns(monkeypatch, tmp_path, caplog):
+def test_one_that_diverged_is_refused(monkeypatch):
+    monkeypatch.setattr("metaaug_cli.warmup._train", lambda t, *_: t.network.last.bias.data.fill_(torch.nan))
+    with pytest.raises(MetaAugError, match="error nan"):
+        warm_up(unet(), PICTURES, steps=3, seed=0)
+
+
+@pytest.mark.parametrize("taken", ["folder", "file"])
+def test_a_cache_that_cannot_be_written_only_warns(monkeypatch, tmp_path, caplog, taken):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("METAAUG_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("METAAUG_CACHE", str(tmp_path / "file" if taken == "folder" else tmp_path))
+    if taken == "file":
+        monkeypatch.setattr("metaaug_cli.files.os.replace", _no_space)
     monkeypatch.setattr("metaaug_cli.warmup.LARGEST_ERROR", 100.0)
-    assert not warm_up(unet(4), PICTURES, steps=1, seed=0, sha256="a").cached
+    assert not warm_up(unet(4), PICTURES, steps=1, seed=0).cached
     assert "not kept for later runs" in caplog.text
+
+
+def _no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    for name in ("METAAUG_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("metaaug_cli.warmup.Path.home", homeless)
+    monkeypatch.setattr("metaaug_cli.warmup.LARGEST_ERROR", 100.0)
+    assert cache_directory() is None
+    assert not warm_up(unet(4), PICTURES, steps=1, seed=0).cached
 
 
 def test_where_warm_ups_are_kept(monkeypatch, tmp_path):

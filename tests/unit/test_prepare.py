@@ -1,0 +1,44 @@
+"""From a recipe to plain arguments: what ``auto`` stands for, and how many copies there are."""
+
+import pytest
+
+from metaaug_cli.config import Recipe
+from metaaug_cli.errors import RecipeError
+from metaaug_cli.prepare import augmentation_kind, copies_of, learns_augmenter, require_images
+
+FIXED, LEARNED = "augmentation.kind=flip", "augmentation.kind=metaaug"
+
+
+@pytest.mark.parametrize(
+    ("settings", "each"),
+    [
+        ([], 0),
+        ([FIXED], 8),
+        ([FIXED, "augmentation.copies=3"], 3),
+        ([FIXED, "reconstruction.method=nearest"], 0),
+        ([LEARNED], 1),
+        ([LEARNED, "metaaug.form=policy"], 8),
+        ([LEARNED, "metaaug.form=policy", "reconstruction.method=nearest"], 0),
+        (["augmentation.kind=metaaug+flip"], 8),
+    ],
+)
+def test_copies_of_each_image(settings, each):
+    assert copies_of(Recipe().override(settings), 32) == each
+
+
+@pytest.mark.parametrize("kind", ["auto", " auto "])
+@pytest.mark.parametrize(
+    ("weight", "act", "learned"), [(2, 2, True), (2, 4, True), (4, 2, True), (4, 4, False)]
+)
+def test_auto_is_the_learned_augmenter_at_two_bits(kind, weight, act, learned):
+    settings = [f"quantization.weight_bits={weight}", f"quantization.act_bits={act}"]
+    recipe = Recipe(augmentation={"kind": kind}).override(settings)
+    assert augmentation_kind(recipe) == ("metaaug" if learned else "none")
+    assert learns_augmenter(recipe) == learned
+
+
+def test_images_are_left_to_learn_from():
+    recipe = Recipe().override(["calibration.holdout=4"])
+    require_images(5, recipe)
+    with pytest.raises(RecipeError, match="4 of 4 images"):
+        require_images(4, recipe)
