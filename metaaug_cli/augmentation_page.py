@@ -26,7 +26,8 @@ img {{ max-width: 100%; height: auto; image-rendering: pixelated; background: wh
 {STYLE}"""
 _INTRO = """<p>Each block of the network is learned on the calibration images x and on changed copies of them,
 T(x). T is a small network that looks for changes after which the block works better on the original images;
-it goes on learning from block to block, and the first and last block do without it.</p>"""
+it goes on learning from block to block. The first block does without it; the last learns on its images, but
+teaches it nothing.</p>"""
 _COLUMNS = """<p>A block's error is the squared difference between its outputs after quantization and in
 floating point. An error on images that nothing was learned from well above the error on the originals means
 that the block has learned the originals by heart; what T is for is to make that gap smaller.</p>"""

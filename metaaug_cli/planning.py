@@ -79,7 +79,7 @@ def plan_run(
         schedule: Of each block.
         images: Calibration images.
         device: Where the run would be.
-        copies: Of all images together; learned copies are kept only where a block teaches the augmenter.
+        copies: Of all images together; the first block does without learned ones.
         teaching: The learned augmenter's, where the run has one.
     """
     chain.to(device)
@@ -87,7 +87,7 @@ def plan_run(
     trial = _Trial(chain, teaching, device) if teaching is not None else None
     for block in chain.blocks:
         layers = block.stage.layers
-        copied = teaching is None or not block.is_edge
+        copied = teaching is None or block.index > 0
         parameters = sum(a.meta["val"].numel() for n in layers for a in n.args[1:3] if hasattr(a, "meta"))  # type: ignore[union-attr]
         rows.append(
             PlanRow(
