@@ -63,7 +63,8 @@ def similarity_note(similarity: float) -> str | None:
         return None
     return (
         f"the network hardly recognises the augmented images (feature similarity {similarity:.2f}, bound "
-        f"{LEAST_SIMILARITY:.2f}); lower metaaug.epsilon or raise metaaug.preserve_weight"
+        f"{LEAST_SIMILARITY:.2f}); raise metaaug.preserve_weight, or lower metaaug.epsilon where the form is "
+        "not policy"
     )
 
 
