@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from metaaug_cli.cli.calibration_view import load_model_for, probe_of, read_set, require_suffix, show
+from metaaug_cli.cli.calibration_view import load_model_for, probe_of, read_set, require_output, show
 from metaaug_cli.cli.console import Console
 from metaaug_cli.cli.options import (
     DATA_PANEL,
@@ -145,11 +145,11 @@ def inspect(
 def _outputs(file: Path, html: Path | None, png: Path | None) -> Path | None:
     """Where the page goes, if anywhere; wrong names are refused before any work."""
     if png is not None:
-        require_suffix(png, ".png", "--png")
+        require_output(png, ".png", "--png")
     if html is None and png is None:
-        return file.with_name(f"{file.name}.html") if file.is_dir() else file.with_suffix(".html")
+        html = file.with_name(f"{file.name}.html") if file.is_dir() else file.with_suffix(".html")
     if html is not None:
-        require_suffix(html, ".html", "--html")
+        require_output(html, ".html", "--html")
     return html
 
 
