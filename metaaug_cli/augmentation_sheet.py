@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -49,6 +48,5 @@ def sheet_png(originals: Tensor, changed: Tensor, preprocessing: Preprocessing, 
 
 def _pixels(images: Tensor, preprocessing: Preprocessing) -> list[Image.Image]:
     """RGB images of normalised ones, clipped to what a pixel can be."""
-    pixels = preprocessing.denormalise(images.float()).clamp(0, 1).mul(255).round().to(torch.uint8)
-    arrays = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    arrays = preprocessing.to_pixels(images.float()).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]

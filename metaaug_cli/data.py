@@ -234,8 +234,7 @@ def _as_pixels(calibration: CalibrationSet) -> Tensor | None:
     preprocessing = calibration.preprocessing
     chunks = []
     for chunk in calibration.images.split(_CHUNK):
-        values = preprocessing.denormalise(chunk).mul(255).round()
-        pixels = values.clamp(0, 255).to(torch.uint8)
+        pixels = preprocessing.to_pixels(chunk)
         if not torch.equal(preprocessing.normalise(pixels), chunk):
             return None
         chunks.append(pixels)

@@ -128,16 +128,18 @@ def inspect(
     preprocessing = loaded.preprocessing if loaded is not None else None
     calibration = read_set(file, preprocessing, console, num=num, seed=seed)
     check = _check(calibration, loaded, console, num) if loaded is not None else None
-    show(calibration, inspection.channel_statistics(calibration), console, name=file.name)
+    channels = inspection.channel_statistics(calibration)
+    show(calibration, channels, console, name=file.name)
     if check is not None:
         _show_check(check, console)
     if html is not None:
-        inspection.write_page(calibration, html, title=file.name, check=check)
+        inspection.write_page(calibration, channels, html, title=file.name, check=check)
         console.result(f"contact sheet and histograms: {html}")
     if png is not None:
         inspection.write_contact_sheet(calibration, png)
         console.result(f"contact sheet: {png}")
-    console.data(inspection.summary(calibration) | ({"check": check.to_dict()} if check is not None else {}))
+    report = inspection.summary(calibration, channels)
+    console.data(report | ({"check": check.to_dict()} if check is not None else {}))
     if strict and check is not None and not check.suits:
         raise GateError("the set does not suit the model", hint=check.findings[0].remedy)
 
