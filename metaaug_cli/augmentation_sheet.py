@@ -48,5 +48,5 @@ def sheet_png(originals: Tensor, changed: Tensor, preprocessing: Preprocessing, 
 
 def _pixels(images: Tensor, preprocessing: Preprocessing) -> list[Image.Image]:
     """RGB images of normalised ones, clipped to what a pixel can be."""
-    arrays = preprocessing.pixels(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    arrays = preprocessing.to_pixels(images.float()).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]

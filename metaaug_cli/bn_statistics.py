@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +12,25 @@ from metaaug_cli.capture import capture_unfolded
 from metaaug_cli.errors import InputError
 from metaaug_cli.graph_tools import attribute
 from metaaug_cli.normalize import BATCH_NORMS
-from metaaug_cli.ops import CONVOLUTIONS, WEIGHTED
+from metaaug_cli.ops import CONVOLUTIONS, PASSTHROUGH, WEIGHTED
 
 aten = torch.ops.aten
 
 _OTHER_NORMS = {
+    aten._native_batch_norm_legit.no_stats: "batch",
     aten.layer_norm.default: "layer",
     aten.native_layer_norm.default: "layer",
     aten.group_norm.default: "group",
     aten.native_group_norm.default: "group",
     aten.instance_norm.default: "instance",
+}
+# What may stand between the last layer and the logits: it moves or keeps values.
+_KEEPS_VALUES = PASSTHROUGH | {
+    aten.flatten.using_ints,
+    aten.dropout.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
 }
 _LEAST_VARIANCE = 1e-12
 
@@ -132,48 +140,6 @@ def batch_norm_probe(
     return BatchNormProbe(capture_unfolded(network, input_size))
 
 
-@torch.no_grad()
-def set_moments(
-    probe: BatchNormProbe,
-    images: Tensor,
-    *,
-    batch_size: int = 64,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Moments]:
-    """The statistics of a whole set of images, with one batch in memory.
-
-    Args:
-        probe: The network.
-        images: Normalised (N, C, H, W).
-        batch_size: Images at a time.
-        progress: Called with (images done, N).
-
-    Returns:
-        One entry per batch norm: the mean over all images.
-    """
-    sums = [Moments(torch.zeros_like(n.mean), torch.zeros_like(n.mean)) for n in probe.layers]
-    done = 0
-    for batch in images.split(batch_size):
-        for total, seen in zip(sums, probe(batch.to(probe_device(probe))).moments, strict=True):
-            total.mean.add_(seen.mean, alpha=len(batch))
-            total.second.add_(seen.second, alpha=len(batch))
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(images))
-    return [Moments(total.mean / len(images), total.second / len(images)) for total in sums]
-
-
-def probe_device(probe: BatchNormProbe) -> torch.device:
-    """The device the probe computes on."""
-    return probe.layers[0].mean.device
-
-
-def moment_distance(moments: Moments, layer: BatchNormLayer) -> Tensor:
-    """Squared L2 distance of mean and standard deviation to the stored ones; () and differentiable."""
-    to_mean = (moments.mean - layer.mean).square().sum()
-    return to_mean + (moments.std - layer.variance.sqrt()).square().sum()
-
-
 def _moments(x: Tensor) -> Moments:
     """Per-channel moments of (N, C, …), in float32 whatever precision computed it."""
     x = x.float()
@@ -198,7 +164,7 @@ def _layers(module: fx.GraphModule, nodes: list[fx.Node]) -> list[BatchNormLayer
 def _classifier(result: fx.Node) -> fx.Node | None:
     """The last layer, where the output comes straight from it and it reads one vector an image."""
     node = result
-    while node.op == "call_function" and node.target not in WEIGHTED and len(node.all_input_nodes) == 1:
+    while node.op == "call_function" and node.target in _KEEPS_VALUES:
         node = node.all_input_nodes[0]
     if node.op != "call_function" or node.target not in WEIGHTED:
         return None

@@ -96,8 +96,8 @@ def compare_sets(
     """
     images = first.images[:num], second.images[:num]
     if images[0].shape[1:] != images[1].shape[1:]:
-        sizes = " and ".join("x".join(map(str, part.shape[2:])) for part in images)
-        raise InputError(f"the images of the sets have different sizes: {sizes}")
+        sizes = " and ".join("x".join(map(str, part.shape[1:])) for part in images)
+        raise InputError(f"the images of the sets have different sizes (channels x height x width): {sizes}")
     side = min(len(images[0]) // 2, len(images[1]))
     if side < _FEWEST:
         raise UsageError(

@@ -175,7 +175,9 @@ def load_calibration_set(
         if num >= len(stored.images):
             return stored
         first, sources = stored.images[:num].clone(), stored.sources[:num]
-        return make_calibration_set(first, stored.preprocessing, sources, stored.skipped, stored.origin)
+        made = make_calibration_set(first, stored.preprocessing, sources, stored.skipped, stored.origin)
+        outliers = tuple(o for o in stored.outliers if o.startswith(tuple(f"{s}: " for s in sources)))
+        return replace(made, duplicates=stored.duplicates, outliers=outliers)
     if preprocessing is None and path.is_dir():
         raise UsageError(f"{path} is a folder, so the model's preprocessing is needed to read it")
     if path.is_file() or preprocessing is None:
@@ -232,7 +234,7 @@ def _as_pixels(calibration: CalibrationSet) -> Tensor | None:
     preprocessing = calibration.preprocessing
     chunks = []
     for chunk in calibration.images.split(_CHUNK):
-        pixels = preprocessing.pixels(chunk)
+        pixels = preprocessing.to_pixels(chunk)
         if not torch.equal(preprocessing.normalise(pixels), chunk):
             return None
         chunks.append(pixels)
@@ -259,13 +261,26 @@ def _read_stored(path: Path) -> CalibrationSet:
         # Absent in the files of earlier releases.
         notes = tuple(meta.get("duplicates", ())), tuple(meta.get("outliers", ()))
         calibration = CalibrationSet(images, preprocessing, *lists, meta["sha256"], meta["origin"], *notes)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as exc:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as exc:
         raise InputError(f"{path} is not a readable calibration set: {exc}") from exc
+    _require_intact(calibration, path)
+    return calibration
+
+
+def _require_intact(calibration: CalibrationSet, path: Path) -> None:
+    images, preprocessing = calibration.images, calibration.preprocessing
+    names = (*calibration.sources, *calibration.skipped, *calibration.duplicates, *calibration.outliers)
+    fits = images.dim() == 4 and images.shape[1] == preprocessing.channels and images.dtype == torch.float32
+    if not fits or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path} is not a readable calibration set: its entries do not fit together")
     if _hash_images(images, preprocessing) != calibration.sha256 or len(calibration.sources) != len(images):
         raise InputError(
             f"{path} was changed after it was built: its hash does not match", hint="build it again"
         )
-    return calibration
+    if not len(images):
+        raise InputError(f"{path} holds no images", hint="build it again")
+    if not all(bool(chunk.isfinite().all()) for chunk in images.split(_CHUNK)):
+        raise InputError(f"{path} holds images with NaN or infinite values", hint="build it again")
 
 
 def _require_same(wanted: Preprocessing, stored: Preprocessing, path: Path) -> None:

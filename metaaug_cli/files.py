@@ -7,6 +7,20 @@ from pathlib import Path
 from metaaug_cli.errors import InputError
 
 
+def require_writable(path: Path) -> None:
+    """Refuse a place where no file can be written, before any work is done for it.
+
+    Raises:
+        InputError: It is a folder, or the nearest folder above it that exists is none or read-only.
+    """
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder", hint="name a file")
+    above = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        reason = "cannot be written into" if above.is_dir() else "is not a folder"
+        raise InputError(f"cannot write {path}: {above} {reason}", hint="name a file in a writable folder")
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file by replacing it in one step; text is UTF-8.
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +20,8 @@ from metaaug_cli import check_page
 from metaaug_cli.calibration_check import Check
 from metaaug_cli.data import CalibrationSet
 from metaaug_cli.errors import InputError
+from metaaug_cli.files import write_atomically
+from metaaug_cli.png_folder import to_picture
 
 BINS = 64
 _TILE = 96
@@ -151,20 +151,14 @@ def contact_sheet(calibration: CalibrationSet, *, max_images: int = 100) -> Imag
     return sheet
 
 
-def to_picture(calibration: CalibrationSet, index: int) -> Image.Image:
-    """One image of a set as a viewable picture; values outside the pixel range are clipped."""
-    data = calibration.preprocessing.pixels(calibration.images[index]).permute(1, 2, 0).numpy()
-    return Image.fromarray(data[:, :, 0] if data.shape[2] == 1 else data)
-
-
-def summary(calibration: CalibrationSet) -> dict[str, Any]:
-    """Everything ``inspect`` reports, in plain JSON types."""
+def summary(calibration: CalibrationSet, channels: Sequence[ChannelStatistics]) -> dict[str, Any]:
+    """Everything ``inspect`` reports, in plain JSON types; ``channels`` from ``channel_statistics``."""
     return {
         "num": len(calibration.images),
         "origin": calibration.origin,
         "sha256": calibration.sha256,
         "preprocessing": calibration.preprocessing.to_dict(),
-        "channels": [asdict(channel) for channel in channel_statistics(calibration)],
+        "channels": [asdict(channel) for channel in channels],
         "classes": class_counts(calibration),
         "skipped": list(calibration.skipped),
         "duplicates": list(calibration.duplicates),
@@ -181,11 +175,19 @@ def write_contact_sheet(calibration: CalibrationSet, path: Path) -> None:
     _write(path, _png(contact_sheet(calibration)))
 
 
-def write_page(calibration: CalibrationSet, path: Path, *, title: str, check: Check | None = None) -> None:
+def write_page(
+    calibration: CalibrationSet,
+    channels: Sequence[ChannelStatistics],
+    path: Path,
+    *,
+    title: str,
+    check: Check | None = None,
+) -> None:
     """Write one self-contained HTML page with the sheet and the statistics, atomically.
 
     Args:
         calibration: The set.
+        channels: From ``channel_statistics``.
         path: Where to write.
         title: Heading, usually the set's file name.
         check: Whether the set suits a model; left out of the page without one.
@@ -193,12 +195,17 @@ def write_page(calibration: CalibrationSet, path: Path, *, title: str, check: Ch
     Raises:
         InputError: The file cannot be written.
     """
-    _write(path, page(calibration, title=title, check=check).encode())
+    _write(path, page(calibration, channels, title=title, check=check))
 
 
-def page(calibration: CalibrationSet, *, title: str, check: Check | None = None) -> str:
+def page(
+    calibration: CalibrationSet,
+    channels: Sequence[ChannelStatistics],
+    *,
+    title: str,
+    check: Check | None = None,
+) -> str:
     """The HTML page of ``write_page``; needs nothing outside itself."""
-    channels = channel_statistics(calibration)
     counts = class_counts(calibration)
     total = len(calibration.images)
     return _PAGE.substitute(
@@ -280,15 +287,12 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            partial = Path(folder) / "page"
-            partial.write_bytes(data)
-            os.replace(partial, path)
     except OSError as exc:
         raise InputError(f"cannot write {path}: {exc.strerror or exc}") from exc
+    write_atomically(path, data)
 
 
 _PAGE = Template("""\

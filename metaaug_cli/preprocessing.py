@@ -109,9 +109,9 @@ class Preprocessing:
         mean, std = self._channel_constants()
         return images * std + mean
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """Map normalised images (..., C, H, W) to viewable uint8 pixels, clipped to what a pixel can be."""
-        return self.denormalise(images).mul(255).round().clamp(0, 255).to(torch.uint8)
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Map normalised images (..., C, H, W) to the nearest uint8 pixels, clipped to 0 to 255."""
+        return self.denormalise(images).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
     def pixel_bounds(self) -> tuple[Tensor, Tensor]:
         """Lowest and highest normalised value each channel can take, as two tensors (C,)."""

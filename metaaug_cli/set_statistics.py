@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from metaaug_cli.bn_statistics import BatchNormLayer, BatchNormProbe
+from metaaug_cli.errors import InputError
 
 _FLOOR = 0.01
 _GROUPS = 16
@@ -82,6 +83,9 @@ def collect(
         module: A probe's, or what ``until`` made of one.
         images: Normalised (N, C, H, W).
         progress: Called with (images done, N).
+
+    Raises:
+        InputError: The network computes NaN or infinite values of them.
     """
     size = min(max(_PIXELS_AT_ONCE // images[0, 0].numel(), 1), _LARGEST_BATCH)
     means: list[list[Tensor]] = []
@@ -97,7 +101,13 @@ def collect(
         done += len(batch)
         if progress is not None:
             progress(done, len(images))
-    return SetStatistics(_joined(means), _joined(seconds), torch.cat(outputs))
+    found = SetStatistics(_joined(means), _joined(seconds), torch.cat(outputs))
+    if not all(bool(layer.isfinite().all()) for layer in (*found.seconds, found.outputs)):
+        raise InputError(
+            "the network computes NaN or infinite values of these images",
+            hint="their pixels may be far out of range: metaaug calibrate inspect SET, without --model",
+        )
+    return found
 
 
 def until(probe: BatchNormProbe, count: int) -> fx.GraphModule:

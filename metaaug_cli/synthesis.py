@@ -7,6 +7,7 @@ differentiable ones, so that the memory is that of one batch however many images
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -18,20 +19,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaaug_cli.bn_statistics import BatchNormProbe, Observation, batch_norm_probe
+from metaaug_cli.bn_statistics import BatchNormProbe, Moments, Observation, batch_norm_probe
 from metaaug_cli.data import CalibrationSet, make_calibration_set
-from metaaug_cli.errors import UsageError
+from metaaug_cli.errors import GraphError, UsageError
 from metaaug_cli.models import LoadedModel
-from metaaug_cli.preprocessing import Preprocessing
-from metaaug_cli.synthesis_state import StateFile
+from metaaug_cli.synthesis_state import StateFile, require_absent
 from metaaug_cli.synthesis_views import Views
+
+_logger = logging.getLogger(__name__)
 
 Tick = Callable[[int, int, str], None]
 Stretch = Literal["plain", "regularised", "off"]
 
-# With the published 1e-5 ResNet-20 gives logits of range 10.8, with 2e-3 14.8; real images cause 16.0.
+# With the published 1e-5 ResNet-20 gives logits of range 10.8, with 2e-3 14.3; real images cause 16.0.
 STRETCH_WEIGHT = {"plain": 2e-3, "regularised": 1e-2}
-_LEAST_VARIANCE = 1e-12
+_SHOWN = {
+    "batch_size": "--batch",
+    "whole_set": "--no-whole-set",
+    "preprocessing": "--no-preprocessing",
+    "rate": "learning rate",
+}
 # RAdam's first five steps after a reset hardly move: they must not count as another plateau.
 _PLATEAU = {"factor": 0.5, "patience": 10, "cooldown": 6, "threshold": 1e-3}
 
@@ -102,7 +109,8 @@ def synthesize_calibration_set(
         model: A network with batch norms, not folded.
         settings: How many images, and how.
         device: Where to compute; None for the CPU. Mixed precision on CUDA only.
-        state_path: Where to keep the state now and then; the caller deletes it when the set is stored.
+        state_path: Where to keep the state, from the first step on; the caller deletes it when the set is
+            stored.
         resume: Continue from ``state_path``. On a CPU the images are those of an uninterrupted run.
         tick: Called with (steps done, steps, a few words with the loss).
         history: Filled with the loss of each pass of this call.
@@ -113,15 +121,19 @@ def synthesize_calibration_set(
     Raises:
         InputError: The network has no batch norms, or the state cannot be read or written.
         UsageError: The stretching does not suit the network, or the state belongs to other settings.
+        GraphError: The network computes NaN or infinite values.
     """
+    if state_path is not None and not resume:
+        require_absent(state_path)
     state = StateFile(state_path, _fingerprint(model, settings)) if state_path is not None else None
-    if state is not None and not resume:
-        state.require_absent()
     synthesis = _Synthesis(model, settings, device or torch.device("cpu"))
     if state is not None and resume:
         synthesis.load(*state.load())
     else:
+        _warn_if_untrained(synthesis.probe, model.name)
         synthesis.observe_all()
+        if state is not None:
+            state.save(*synthesis.state())  # an unwritable place shows now, and every stop can resume
     synthesis.run(state, tick, history)
     origin = f"data-free from {model.name}, seed {settings.seed}"
     sources = [f"synthetic-{i:05d}" for i in range(settings.num)]
@@ -176,7 +188,8 @@ class _Synthesis:
             if state is not None:
                 state.save_if_due(*self.state())
             if tick is not None:
-                tick(self.step, self.settings.steps, f"BN loss {self.last_loss:.3g}")
+                text = f"BN loss {self.last_loss:.3g}" if math.isfinite(self.last_loss) else ""
+                tick(self.step, self.settings.steps, text)
 
     @torch.no_grad()
     def observe_all(self) -> None:
@@ -204,6 +217,8 @@ class _Synthesis:
 
     def _end_pass(self) -> None:
         self.last_loss, self.epoch_loss = self.epoch_loss, 0.0
+        if not math.isfinite(self.last_loss):
+            raise GraphError("the network computes NaN or infinite values of synthetic images")
         before = self.optimizer.param_groups[0]["lr"]
         self.plateau.step(self.last_loss)
         if self.optimizer.param_groups[0]["lr"] < before:
@@ -220,8 +235,12 @@ class _Synthesis:
     @torch.no_grad()
     def images(self) -> Tensor:
         """The finished images (N, C, H, W) on the 8-bit pixel grid, normalised, on the CPU."""
-        finished = [_on_pixel_grid(self.views.final(b).cpu(), self.preprocessing) for b in self.batches]
-        return torch.cat(finished)
+        preprocessing = self.preprocessing
+        finished = torch.empty(self.settings.num, preprocessing.channels, *preprocessing.size)
+        for part, batch in zip(finished.split(self.settings.batch_size), self.batches, strict=True):
+            final = self.views.final(batch).cpu()
+            part.copy_(preprocessing.normalise(preprocessing.to_pixels(final)))
+        return finished
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that later steps depend on."""
@@ -277,9 +296,8 @@ class _Loss:
         Args:
             moments: (2, T) mean and mean square of all channels of all layers.
         """
-        mean, second = moments
-        std = (second - mean.square()).clamp(min=_LEAST_VARIANCE).sqrt()
-        return (torch.stack([mean, std]) - self.target).square().sum() / self.layers
+        seen = Moments(*moments)
+        return (torch.stack([seen.mean, seen.std]) - self.target).square().sum() / self.layers
 
     def stretch(self, seen: Observation) -> Tensor:
         """The weighted stretching term; ()."""
@@ -308,9 +326,13 @@ def _joined(observation: Observation) -> Tensor:
     return torch.stack([means, torch.cat([m.second for m in observation.moments])])
 
 
-def _on_pixel_grid(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    pixels = preprocessing.denormalise(images).mul(255).round().clamp(0, 255).to(torch.uint8)
-    return preprocessing.normalise(pixels)
+def _warn_if_untrained(probe: BatchNormProbe, name: str) -> None:
+    if all(bool((n.mean == 0).all()) and bool((n.variance == 1).all()) for n in probe.layers):
+        _logger.warning(
+            "the batch norms of %s hold the values they start with, so they remember no images: "
+            "pass trained weights",
+            name,
+        )
 
 
 def _belongs(key: str, index: int) -> bool:
@@ -319,5 +341,5 @@ def _belongs(key: str, index: int) -> bool:
 
 def _fingerprint(model: LoadedModel, settings: SynthesisSettings) -> dict[str, Any]:
     """What decides the images; ``StateFile`` names the entries that differ."""
-    own = {f"--{key}".replace("_", "-"): value for key, value in asdict(settings).items()}
+    own = {_SHOWN.get(key, f"--{key}"): value for key, value in asdict(settings).items()}
     return {**own, "weights": model.weights_sha256, "image preparation": model.preprocessing.to_dict()}

@@ -46,6 +46,7 @@ class StateFile:
         started = time.monotonic()
         content = json.dumps({"format": _FORMAT, "fingerprint": self.fingerprint, "scalars": scalars})
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.") as folder:
                 partial = Path(folder) / "state"
                 save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, {"state": content})
@@ -82,18 +83,15 @@ class StateFile:
             )
         return tensors, scalars
 
-    def require_absent(self) -> None:
-        """Refuse to overwrite an unfinished state.
 
-        Raises:
-            UsageError: There is one.
-        """
-        if self.path.exists():
-            raise UsageError(
-                f"{self.path} holds an unfinished synthesis",
-                hint="continue it with --resume, or delete it to start again",
-            )
+def require_absent(path: Path) -> None:
+    """Refuse to overwrite an unfinished state.
 
-    def discard(self) -> None:
-        """Delete the file, if it is there."""
-        self.path.unlink(missing_ok=True)
+    Raises:
+        UsageError: There is one.
+    """
+    if path.exists():
+        raise UsageError(
+            f"{path} holds an unfinished synthesis",
+            hint="continue it with --resume, or delete it to start again",
+        )

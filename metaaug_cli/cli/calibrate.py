@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from metaaug_cli.cli import calibrate_compare, calibrate_inspect
 from metaaug_cli.cli import data_free as free
-from metaaug_cli.cli.calibration_view import facts, require_suffix, warn_about
+from metaaug_cli.cli.calibration_view import facts, require_output, warn_about
 from metaaug_cli.cli.console import Console
 from metaaug_cli.cli.options import (
     DATA_PANEL,
@@ -149,7 +149,7 @@ def build(
     network's batch norms remember of its training images.
     """
     console = Console(quiet=quiet, json=json)
-    require_suffix(out, ".safetensors", "--out")
+    require_output(out, ".safetensors", "--out")
     options = model_options(
         weights=weights, size=size, resize=resize, mean=mean, std=std, interpolation=interpolation
     )

@@ -91,6 +91,8 @@ def compare(
         differences = calibration.preprocessing.differences(loaded.preprocessing)
         if differences:
             console.warn(f"{path.name} was prepared for another model: {'; '.join(differences)}")
+    if a.sha256 == b.sha256:
+        console.warn("both sets hold the same images")
     probe = probe_of(loaded, a, "sets can only be compared by a model with batch norms")
     names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
     with console.progress("running the model") as progress:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from metaaug_cli.cli.calibration_view import load_model_for, probe_of, read_set, require_suffix, show
+from metaaug_cli.cli.calibration_view import load_model_for, probe_of, read_set, require_output, show
 from metaaug_cli.cli.console import Console
 from metaaug_cli.cli.options import (
     DATA_PANEL,
@@ -128,16 +128,18 @@ def inspect(
     preprocessing = loaded.preprocessing if loaded is not None else None
     calibration = read_set(file, preprocessing, console, num=num, seed=seed)
     check = _check(calibration, loaded, console, num) if loaded is not None else None
-    show(calibration, inspection.channel_statistics(calibration), console, name=file.name)
+    channels = inspection.channel_statistics(calibration)
+    show(calibration, channels, console, name=file.name)
     if check is not None:
         _show_check(check, console)
     if html is not None:
-        inspection.write_page(calibration, html, title=file.name, check=check)
+        inspection.write_page(calibration, channels, html, title=file.name, check=check)
         console.result(f"contact sheet and histograms: {html}")
     if png is not None:
         inspection.write_contact_sheet(calibration, png)
         console.result(f"contact sheet: {png}")
-    console.data(inspection.summary(calibration) | ({"check": check.to_dict()} if check is not None else {}))
+    report = inspection.summary(calibration, channels)
+    console.data(report | ({"check": check.to_dict()} if check is not None else {}))
     if strict and check is not None and not check.suits:
         raise GateError("the set does not suit the model", hint=check.findings[0].remedy)
 
@@ -145,11 +147,11 @@ def inspect(
 def _outputs(file: Path, html: Path | None, png: Path | None) -> Path | None:
     """Where the page goes, if anywhere; wrong names are refused before any work."""
     if png is not None:
-        require_suffix(png, ".png", "--png")
+        require_output(png, ".png", "--png")
     if html is None and png is None:
-        return file.with_name(f"{file.name}.html") if file.is_dir() else file.with_suffix(".html")
+        html = file.with_name(f"{file.name}.html") if file.is_dir() else file.with_suffix(".html")
     if html is not None:
-        require_suffix(html, ".html", "--html")
+        require_output(html, ".html", "--html")
     return html
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from metaaug_cli.cli.console import Console
 from metaaug_cli.errors import InputError, UsageError
+from metaaug_cli.files import require_writable
 
 if TYPE_CHECKING:
     from metaaug_cli.bn_statistics import BatchNormProbe
@@ -121,14 +122,16 @@ def warn_about(calibration: CalibrationSet, console: Console, *, wanted: int = 0
         console.note(f"{wanted} images were asked for, the folder has {len(calibration.images)}")
 
 
-def require_suffix(path: Path, suffix: str, flag: str) -> None:
-    """Refuse an output file of another type.
+def require_output(path: Path, suffix: str, flag: str) -> None:
+    """Refuse an output file of another type, or one that cannot be written, before any work is done.
 
     Raises:
         UsageError: With the name it may have.
+        InputError: It cannot be written.
     """
     if path.suffix.lower() != suffix:
         raise UsageError(f"{flag} {path} must end in {suffix}", hint=f"{flag} {path.with_suffix(suffix)}")
+    require_writable(path)
 
 
 def _listed(what: str, items: Sequence[str]) -> str:

@@ -135,14 +135,15 @@ def synthesize(
     from metaaug_cli.pipeline import pick_device
     from metaaug_cli.png_folder import require_empty, write_pngs
     from metaaug_cli.synthesis import SynthesisHistory, estimate_seconds, synthesize_calibration_set
+    from metaaug_cli.synthesis_state import require_absent
 
     if images is not None:
         require_empty(images)
     device = pick_device(flags["--device"] or "auto")
     state = state_path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     if not flags["--resume"]:
+        require_absent(state)
         seconds = estimate_seconds(loaded, settings, device=device)
         console.note(
             f"{settings.num} images, {settings.iterations} steps each on {device}: about "
@@ -162,15 +163,15 @@ def synthesize(
             history=history,
         )
     save_calibration_set(calibration, out)
+    if images is not None:
+        write_pngs(calibration, images)
+        console.result(f"{len(calibration.images)} PNG files written to {images}")
     state.unlink(missing_ok=True)
     if history.losses:
         console.note(
             f"BN loss {history.losses[0]:.3g} -> {history.losses[-1]:.3g} "
             f"in {format_seconds(time.monotonic() - started)}"
         )
-    if images is not None:
-        write_pngs(calibration, images)
-        console.result(f"{len(calibration.images)} PNG files written to {images}")
     return calibration
 
 

@@ -83,7 +83,8 @@ ClassesOpt = Annotated[
     ),
 ]
 SeedOpt = Annotated[
-    int, typer.Option("--seed", help="Seed of every random choice.", show_default=True, min=0)
+    int,
+    typer.Option("--seed", help="Seed of every random choice.", show_default=True, min=0, max=2**63 - 1),
 ]
 QuietOpt = Annotated[
     bool,

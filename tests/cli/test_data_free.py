@@ -8,6 +8,7 @@ from PIL import Image
 from metaaug_cli.cli.app import main
 from metaaug_cli.cli.data_free import state_path
 from metaaug_cli.data import load_calibration_set
+from metaaug_cli.errors import InputError
 
 NETWORK = """
 from torch import nn
@@ -120,3 +121,34 @@ def test_flags_of_this_mode_need_it(capsys):
     assert "--stretch, --no-whole-set: for --data-free only" in capsys.readouterr().err
     assert main(arguments) == 2
     assert "--data-free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "net.py/s.safetensors"], "net.py is not a folder"),
+        (["--out", "folder.safetensors"], "it is a folder"),
+        (["--images", "net.py/sheet"], "net.py is not a folder"),
+        (["--seed", str(2**63)], "--seed"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_model_is_traced(
+    tmp_path, capsys, monkeypatch, arguments, message
+):
+    (tmp_path / "folder.safetensors").mkdir()
+    monkeypatch.setattr("metaaug_cli.synthesis._Synthesis", None)
+    assert calibrate(*FAST, *arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".py") == ["folder.safetensors"]
+
+
+def test_images_that_could_not_be_written_are_not_lost(tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise InputError("cannot write images")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("metaaug_cli.png_folder.write_pngs", full)
+        assert calibrate(*FAST, "--num", "3", "--images", "sheet") == 2
+    assert calibrate(*FAST, "--num", "3", "--images", "sheet", "--resume") == 0
+    assert len(list((tmp_path / "sheet").iterdir())) == 3
+    assert not state_path(tmp_path / "s.safetensors").exists()

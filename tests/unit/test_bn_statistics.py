@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from moments import moment_distance
 from networks import FAMILIES, SIZE, images, trained
 from torch import nn
 
-from metaaug_cli.bn_statistics import batch_norm_probe, moment_distance, set_moments
+from metaaug_cli.bn_statistics import batch_norm_probe
 from metaaug_cli.capture import capture, export_program
 from metaaug_cli.errors import InputError
 
@@ -56,6 +57,15 @@ def test_an_exported_program_serves_like_the_module():
         torch.testing.assert_close(a.second, b.second)
 
 
+@pytest.mark.parametrize("last", [nn.Softmax(1), nn.ReLU()])
+def test_logits_that_are_changed_after_the_last_layer_have_no_classifier(last):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 5), nn.Dropout())
+    assert batch_norm_probe(trained(plain), SIZE).classifier_weight is not None
+    probe = batch_norm_probe(trained(nn.Sequential(plain, last)), SIZE)
+    assert probe.classifier_weight is None
+    assert probe(images(2)).features is None
+
+
 def test_distance_reaches_the_images():
     probe = batch_norm_probe(trained(FAMILIES["residual"]()), SIZE)
     x = images(4).requires_grad_()
@@ -63,14 +73,6 @@ def test_distance_reaches_the_images():
     sum(moment_distance(m, layer) for m, layer in pairs).backward()
     assert torch.isfinite(x.grad).all()
     assert float(x.grad.abs().min(0).values.max()) > 0
-
-
-def test_moments_of_a_set_do_not_depend_on_the_batches():
-    probe = batch_norm_probe(trained(FAMILIES["residual"]()), SIZE)
-    x = images(7)
-    for whole, parts in zip(set_moments(probe, x), set_moments(probe, x, batch_size=3), strict=True):
-        torch.testing.assert_close(whole.mean, parts.mean)
-        torch.testing.assert_close(whole.second, parts.second)
 
 
 def test_features_times_classifier_weight_are_the_logits():
@@ -92,4 +94,10 @@ def test_folded_batch_norms_are_named_as_the_cause():
 def test_other_norms_are_named_as_the_cause():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(144, 5)).eval()
     with pytest.raises(InputError, match="group norms"):
+        batch_norm_probe(network, SIZE)
+
+
+def test_batch_norms_without_running_statistics_are_named_as_the_cause():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    with pytest.raises(InputError, match="batch norms, which store nothing"):
         batch_norm_probe(network, SIZE)

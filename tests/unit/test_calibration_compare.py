@@ -61,5 +61,5 @@ def test_the_seed_decides(probe):
 def test_what_cannot_be_compared(probe):
     with pytest.raises(UsageError, match="too few to compare"):
         compare_sets(calibration(images(7)), calibration(images(7)), probe)
-    with pytest.raises(InputError, match="different sizes: 8x8 and 4x4"):
+    with pytest.raises(InputError, match="3x8x8 and 3x4x4"):
         compare_sets(calibration(images(8)), calibration(torch.zeros(8, 3, 4, 4)), probe)

@@ -1,13 +1,17 @@
 """Folders are read as they are on disk; calibration sets are balanced, reproducible and hashed."""
 
 import io
+import json
+import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from metaaug_cli.data import (
@@ -208,6 +212,51 @@ def test_a_prefix_of_a_stored_set_is_a_set_of_its_own(folder, tmp_path):
     part = load_calibration_set(path, num=3)
     direct = load_calibration_set(folder, preprocessing=PREPROCESSING, num=3)
     assert (part.sha256, part.sources) == (direct.sha256, direct.sources)
+
+
+def test_a_prefix_keeps_the_notes_that_concern_it(tmp_path):
+    images = PREPROCESSING.normalise(torch.zeros(3, 3, 8, 8, dtype=torch.uint8))
+    whole = make_calibration_set(images, PREPROCESSING, ["a", "ab", "c"])
+    noted = replace(whole, duplicates=("d: duplicate of a",), outliers=("a: dark", "ab: light"))
+    save_calibration_set(noted, tmp_path / "set.safetensors")
+    part = load_calibration_set(tmp_path / "set.safetensors", num=1)
+    assert (part.duplicates, part.outliers) == (("d: duplicate of a",), ("a: dark",))
+
+
+PIXELS = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes", "message"),
+    [
+        ({"pixels": PIXELS[:, :2].contiguous()}, {}, "not a readable"),
+        ({"pixels": PIXELS[:, :, 0, 0].contiguous()}, {}, "not a readable"),
+        ({"images": torch.zeros(2, 4, 8, 8)}, {}, "do not fit together"),
+        ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.float64)}, {}, "do not fit together"),
+        ({"pixels": PIXELS}, {"sources": [1, 2]}, "do not fit together"),
+        ({"pixels": PIXELS}, {"sources": ["a"]}, "hash does not match"),
+        ({"pixels": PIXELS}, {"duplicates": None}, "not a readable"),
+    ],
+)
+def test_entries_that_do_not_fit_together_are_refused(tmp_path, tensors, changes, message):
+    path = tmp_path / "set.safetensors"
+    save_calibration_set(
+        make_calibration_set(PREPROCESSING.normalise(PIXELS), PREPROCESSING, ["a", "b"]), path
+    )
+    with safe_open(path, framework="pt") as file:
+        meta = json.loads(file.metadata()["metaaug"]) | changes
+    save_file(tensors, path, {"metaaug": json.dumps(meta)})
+    with pytest.raises(InputError, match=message):
+        load_calibration_set(path)
+
+
+@pytest.mark.parametrize(("count", "value", "message"), [(0, 0.0, "no images"), (2, math.nan, "NaN")])
+def test_sets_that_nothing_can_be_learned_from_are_refused(tmp_path, count, value, message):
+    images = torch.full((count, 3, 8, 8), value)
+    path = tmp_path / "set.safetensors"
+    save_calibration_set(make_calibration_set(images, PREPROCESSING, ["a", "b"][:count]), path)
+    with pytest.raises(InputError, match=message):
+        load_calibration_set(path)
 
 
 def test_a_set_for_another_preprocessing_is_refused(folder, tmp_path):

@@ -19,10 +19,10 @@ from metaaug_cli.inspection import (
     contact_sheet,
     page,
     summary,
-    to_picture,
     write_contact_sheet,
     write_page,
 )
+from metaaug_cli.png_folder import to_picture
 from metaaug_cli.preprocessing import Preprocessing
 
 RGB = Preprocessing((4, 4), None, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -120,7 +120,7 @@ class _Tags(HTMLParser):
 
 def test_page_is_well_formed_and_needs_nothing_outside_itself():
     _, chosen = calibration(skipped=["<b>x</b>.png: broken"], origin="folder a & b")
-    text = page(chosen, title="<set>")
+    text = page(chosen, channel_statistics(chosen), title="<set>")
     tags = _Tags()
     tags.feed(text)
     assert tags.open == []
@@ -136,7 +136,8 @@ def test_page_is_well_formed_and_needs_nothing_outside_itself():
 
 
 def test_grey_set_has_one_channel_on_the_page():
-    text = page(calibration(preprocessing=GREY)[1], title="digits")
+    chosen = calibration(preprocessing=GREY)[1]
+    text = page(chosen, channel_statistics(chosen), title="digits")
     assert text.count("<polyline") == 1
     assert "<th>grey</th>" in text
 
@@ -144,18 +145,18 @@ def test_grey_set_has_one_channel_on_the_page():
 def test_files_are_written_whole(tmp_path):
     _, chosen = calibration()
     write_contact_sheet(chosen, tmp_path / "new" / "sheet.png")
-    write_page(chosen, tmp_path / "set.html", title="set")
+    write_page(chosen, channel_statistics(chosen), tmp_path / "set.html", title="set")
     with Image.open(tmp_path / "new" / "sheet.png") as sheet:
         assert sheet.size == (1004, 204)
     assert (tmp_path / "set.html").read_text().startswith("<!doctype html>")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "set.html"]
     with pytest.raises(InputError, match="cannot write"):
-        write_page(chosen, tmp_path / "set.html" / "inside.html", title="set")
+        write_page(chosen, channel_statistics(chosen), tmp_path / "set.html" / "inside.html", title="set")
 
 
 def test_summary_is_plain_and_complete():
     _, chosen = calibration(num=6)
-    found = summary(chosen)
+    found = summary(chosen, channel_statistics(chosen))
     assert found["num"] == 6
     assert found["classes"] == {"c0": 2, "c1": 2, "c2": 2}
     assert found["sha256"] == chosen.sha256

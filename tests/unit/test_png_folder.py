@@ -32,6 +32,8 @@ def test_a_folder_of_ones_own_images_is_not_written_into(tmp_path):
         require_empty(tmp_path)
     with pytest.raises(UsageError):
         require_empty(tmp_path / "mine.jpg")
+    with pytest.raises(InputError, match="is not a folder"):
+        require_empty(tmp_path / "mine.jpg" / "below")
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -123,9 +123,9 @@ def test_bounds_and_denormalise_invert_normalise():
     assert torch.allclose(images.amin((1, 2)), low)
     assert torch.allclose(images.amax((1, 2)), high)
     assert torch.equal(chosen.denormalise(images).mul(255).round().byte(), pixels)
-    assert torch.equal(chosen.pixels(images), pixels)
-    assert chosen.pixels(images + 99).eq(255).all()
-    assert chosen.pixels(images - 99).eq(0).all()
+    assert torch.equal(chosen.to_pixels(images), pixels)
+    assert chosen.to_pixels(images + 99).eq(255).all()
+    assert chosen.to_pixels(images - 99).eq(0).all()
 
 
 @pytest.mark.parametrize("resize", [None, "auto", 28])

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from moments import set_moments
 from networks import ResidualNet, images, trained
 from torch import nn
 
-from metaaug_cli.bn_statistics import batch_norm_probe, set_moments
+from metaaug_cli.bn_statistics import batch_norm_probe
+from metaaug_cli.errors import InputError
 from metaaug_cli.set_statistics import collect, distance_between, distance_to_stored, standard_error, until
 
 SIZE = (3, 8, 8)
@@ -117,3 +119,8 @@ def test_jackknife_of_a_mean_is_its_textbook_error():
     left_out = (values.sum() - values) / 15
     assert standard_error(left_out) == pytest.approx(float(values.std() / 4), rel=1e-4)
     assert standard_error(left_out[:1]) == float("inf")
+
+
+def test_values_that_are_no_numbers_are_refused(probe):
+    with pytest.raises(InputError, match="NaN or infinite"):
+        collect(probe.module, images(3) * 1e30)

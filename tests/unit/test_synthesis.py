@@ -5,14 +5,15 @@ import math
 
 import pytest
 import torch
+from moments import moment_distance, set_moments
 from networks import SIZE, conv_bn, trained
 from torch import nn
 from torch.nn import functional as F
 
-from metaaug_cli.bn_statistics import batch_norm_probe, moment_distance, set_moments
+from metaaug_cli.bn_statistics import batch_norm_probe
 from metaaug_cli.capture import export_program
 from metaaug_cli.data import load_calibration_set, save_calibration_set
-from metaaug_cli.errors import InputError, UsageError
+from metaaug_cli.errors import GraphError, InputError, UsageError
 from metaaug_cli.models import LoadedModel
 from metaaug_cli.preprocessing import Preprocessing
 from metaaug_cli.synthesis import (
@@ -174,6 +175,31 @@ def test_a_plateau_halves_the_rate_and_clears_the_optimizer():
     assert not synthesis.optimizer.state
 
 
+def test_the_loss_is_not_shown_before_it_is_known():
+    texts = []
+    synthesize_calibration_set(
+        model(), SynthesisSettings(**SMALL), tick=lambda done, total, text: texts.append(text)
+    )
+    assert texts[:2] == ["", ""]
+    assert all(text.startswith("BN loss ") and "inf" not in text for text in texts[2:])
+
+
+def test_a_loss_that_is_no_number_ends_the_run():
+    synthesis = _Synthesis(model(), SynthesisSettings(**SMALL), torch.device("cpu"))
+    synthesis.epoch_loss = math.nan
+    with pytest.raises(GraphError, match="NaN"):
+        synthesis._end_pass()
+
+
+def test_batch_norms_as_they_start_get_a_warning(caplog):
+    network = Net().eval()
+    make(of=model(network=network), iterations=1)
+    assert "pass trained weights" in caplog.text
+    caplog.clear()
+    make(iterations=1)
+    assert "pass trained weights" not in caplog.text
+
+
 class KilledError(Exception):
     pass
 
@@ -205,12 +231,35 @@ def _save_always(self, tensors, scalars):
     self.save(tensors, scalars)
 
 
+def test_a_run_killed_at_its_first_step_can_be_resumed(tmp_path):
+    state, settings = tmp_path / "new" / "made.partial", SynthesisSettings(**SMALL)
+
+    def kill(done, total, text):
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        synthesize_calibration_set(model(), settings, state_path=state, tick=kill)
+    resumed = synthesize_calibration_set(model(), settings, state_path=state, resume=True)
+    assert resumed.sha256 == make().sha256
+
+
+def test_a_place_for_the_state_that_cannot_be_written_shows_at_once(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="cannot write"):
+        synthesize_calibration_set(
+            model(),
+            SynthesisSettings(**SMALL),
+            state_path=tmp_path / "file" / "made.partial",
+            tick=lambda done, total, text: pytest.fail("a step was taken"),
+        )
+
+
 def test_a_state_of_other_settings_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr("metaaug_cli.synthesis_state.StateFile.save_if_due", _save_always)
     state = tmp_path / "made.partial"
     synthesize_calibration_set(model(), SynthesisSettings(**SMALL), state_path=state)
-    other = SynthesisSettings(**SMALL, seed=1, stretch="off")
-    with pytest.raises(UsageError, match=r"another --seed, --stretch$"):
+    other = SynthesisSettings(**SMALL | {"batch_size": 3}, seed=1, stretch="off", whole_set=False)
+    with pytest.raises(UsageError, match=r"another --batch, --no-whole-set, --seed, --stretch$"):
         synthesize_calibration_set(model(), other, state_path=state, resume=True)
     with pytest.raises(InputError, match=r"no .* to resume"):
         synthesize_calibration_set(
