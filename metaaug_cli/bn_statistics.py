@@ -17,7 +17,6 @@ from metaaug_cli.ops import CONVOLUTIONS, PASSTHROUGH, WEIGHTED
 aten = torch.ops.aten
 
 _OTHER_NORMS = {
-    aten._native_batch_norm_legit.no_stats: "batch",
     aten.layer_norm.default: "layer",
     aten.native_layer_norm.default: "layer",
     aten.group_norm.default: "group",
@@ -175,6 +174,11 @@ def _classifier(result: fx.Node) -> fx.Node | None:
 
 def _no_batch_norms(module: fx.GraphModule) -> InputError:
     targets = [n.target for n in module.graph.nodes if n.op == "call_function"]
+    if aten._native_batch_norm_legit.no_stats in targets:
+        return InputError(
+            "the network's batch norms store nothing of its training images (track_running_stats=False)",
+            hint="use real images: --images DIR here, or --calib DIR in metaaug quantize",
+        )
     others = sorted({_OTHER_NORMS[t] for t in targets if t in _OTHER_NORMS})
     if others:
         reason = f"it uses {' and '.join(others)} norms, which store nothing about the training images"

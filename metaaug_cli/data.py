@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -216,6 +217,9 @@ def save_calibration_set(calibration: CalibrationSet, path: Path | str) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             partial = Path(folder) / "set.safetensors"
             save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(meta, sort_keys=True)})
+            usual = Path(folder) / "usual"
+            usual.touch()
+            shutil.copymode(usual, partial)  # safetensors lets nobody but the owner read what it writes
             os.replace(partial, path)
     except (OSError, SafetensorError) as exc:
         raise InputError(f"cannot write {path}: {exc}") from exc

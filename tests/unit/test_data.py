@@ -214,6 +214,13 @@ def test_a_prefix_of_a_stored_set_is_a_set_of_its_own(folder, tmp_path):
     assert (part.sha256, part.sources) == (direct.sha256, direct.sources)
 
 
+def test_a_stored_set_may_be_read_by_those_who_may_read_other_files(tmp_path):
+    images = PREPROCESSING.normalise(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    save_calibration_set(make_calibration_set(images, PREPROCESSING, ["a"]), tmp_path / "set.safetensors")
+    (tmp_path / "other").write_text("")
+    assert (tmp_path / "set.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_prefix_keeps_the_notes_that_concern_it(tmp_path):
     images = PREPROCESSING.normalise(torch.zeros(3, 3, 8, 8, dtype=torch.uint8))
     whole = make_calibration_set(images, PREPROCESSING, ["a", "ab", "c"])
