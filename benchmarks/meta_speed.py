@@ -1,7 +1,7 @@
 """Seconds of one outer step against the same step done the obvious way: ``python benchmarks/meta_speed.py``.
 
-The obvious way computes what the method says, each time anew: the whole quantized network is copied for
-the inner step, both networks run from the image to the logits, and the float network's views of the
+The obvious way computes what the method says, each time anew: the whole quantized network's state is copied
+for the inner step, both networks run from the image to the logits, and the float network's views of the
 original images and the validation images' way to the block are computed in every step. Both ways run in
 one process in turn and must give the same outer gradients. Rewrites benchmarks/results/meta_speed.jsonl;
 wants an idle machine.
@@ -9,7 +9,6 @@ wants an idle machine.
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable
@@ -61,9 +60,10 @@ class Step:
         return step
 
     def obvious(self) -> Outer:
-        """The same step with nothing cached, on a copy of the whole quantized network."""
-        blocks = copy.deepcopy(self.passes.blocks)
-        passes, block = Passes(blocks), blocks[self.block.index]
+        """The same step with nothing cached, after a copy of the whole quantized network's state."""
+        passes, block, blocks = self.passes, self.block, self.passes.blocks
+        copied = [t.detach().clone() for b in blocks for t in b.quantized_block.state_dict().values()]
+        assert copied
         views, val_views = passes.rest((self.x,), 0), passes.rest((self.validation,), 0)
         passes.prefixes(self.made.clone().requires_grad_(), len(blocks))  # hooks see the block on the way
         _, h_val = passes.prefixes(self.validation, block.index)
