@@ -202,7 +202,11 @@ class RunDirectory:
 
     def load_block(self, block: Block) -> BlockHistory:
         """Load one finished block into its quantizers and return its history."""
-        block.load(read_state(self.block_path(block.index, block.name)))
+        path = self.block_path(block.index, block.name)
+        try:
+            block.load(read_state(path))
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{path} does not hold block {block.name}: {error}", hint=_REPAIR) from None
         return _read_history(self.block_path(block.index, block.name, ".json"))
 
     def finish(self, info: RunInfo, metrics: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from metaaug_cli.augmentation import Copies, LearnedAugmentation
 from metaaug_cli.augmentation_page import BlockView, Taught, augmentation_page
 from metaaug_cli.augmentation_sheet import sheet_png
 from metaaug_cli.blocks import Block
+from metaaug_cli.errors import InputError
 from metaaug_cli.files import write_atomically
 from metaaug_cli.meta import MetaHistory, MetaRecord
 
@@ -62,10 +63,18 @@ class AugmentationFiles:
         """Take over T as it was after ``block``, where that block taught it.
 
         Raises:
-            InputError: The file cannot be read.
+            InputError: The file cannot be read, or is another augmenter's.
         """
-        if not block.is_edge:
-            learned.load(read_state(self.path(block.index, block.name)))
+        if block.is_edge:
+            return
+        path = self.path(block.index, block.name)
+        try:
+            learned.load(read_state(path))
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{path} does not hold this run's augmenter: {str(error).splitlines()[0]}",
+                hint="delete it and continue with --resume: its block is then learned again",
+            ) from None
 
     def write_page(self) -> None:
         """Write ``index.html`` anew from the files of all finished blocks."""

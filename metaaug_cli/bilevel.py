@@ -173,7 +173,11 @@ class BiLevel:
         )
 
     def training_loss(self, params: Params, h_fp: Values, h_q: Values, targets: Values) -> Tensor:
-        """L_train: reconstruction on T(x) with QDrop, targets detached, plus the rounding regulariser."""
+        """L_train: reconstruction on T(x) with QDrop, targets detached, plus the rounding regulariser.
+
+        The regulariser is off in the first share of a walk, as in the block's own schedule, and so always
+        where ``restart_every`` is 1.
+        """
         pairs = zip(h_q, h_fp, strict=True)
         mixed = tuple(torch.lerp(fp, q, drop_mask(q, self.inner.quant_prob, self.drops)) for q, fp in pairs)
         outputs = functional_call(self.block.quantized_block, params, mixed)

@@ -140,6 +140,19 @@ def test_a_damaged_block_is_named(tmp_path):
     assert "--resume" in caught.value.hint
 
 
+def test_a_file_of_another_block_is_named(tmp_path):
+    module = family("mobile")
+    first, second = build_chain(module, placed(module)).blocks[:2]
+    directory = RunDirectory(tmp_path)
+    (tmp_path / "blocks").mkdir()
+    directory.save_block(first, BlockHistory(1.0, 1.0))
+    directory.save_block(second, BlockHistory(1.0, 1.0))
+    directory.block_path(0, first.name).write_bytes(directory.block_path(1, second.name).read_bytes())
+    with pytest.raises(InputError, match=f"does not hold block {first.name}") as caught:
+        directory.load_block(first)
+    assert "--resume" in caught.value.hint
+
+
 def test_what_is_no_run_is_refused(tmp_path, started):
     with pytest.raises(InputError, match="not a run directory"):
         load_run(tmp_path / "nothing")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from augmenters import data_of, learned_augmentation, teach
 from PIL import Image
+from safetensors.torch import save_file
 
 from metaaug_cli.artifacts import RunDirectory
 from metaaug_cli.augmentation_files import AugmentationFiles
@@ -69,6 +70,15 @@ def test_a_missing_augmenter_is_an_error_with_a_way_out(run):
     files, _, learned, _ = run
     with pytest.raises(InputError) as caught:
         files.load(learned.passes.blocks[2], learned)
+    assert "--resume" in caught.value.hint
+
+
+def test_another_augmenters_file_is_an_error_with_a_way_out(run):
+    files, block, learned, _ = run
+    path = files.path(block.index, block.name)
+    save_file({"augmenter/other": torch.zeros(2)}, path)
+    with pytest.raises(InputError, match="does not hold this run's augmenter") as caught:
+        files.load(block, learned)
     assert "--resume" in caught.value.hint
 
 
