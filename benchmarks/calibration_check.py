@@ -14,14 +14,14 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from common import SHARED, is_recorded, record
+from common import MOBILENET, RESNET20, SHARED, is_recorded, record
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from metaaug_cli.bn_statistics import BatchNormProbe, batch_norm_probe
 from metaaug_cli.calibration_check import check_calibration_set
 from metaaug_cli.data import CalibrationSet, load_calibration_set, make_calibration_set
-from metaaug_cli.models import LoadedModel, load_model
+from metaaug_cli.models import LoadedModel
 from metaaug_cli.preprocessing import Preprocessing
 
 NAME = "calibration_check"
@@ -48,28 +48,14 @@ class Case:
 
 def resnet20() -> Case:
     """ResNet-20 and CIFAR-10."""
-    model = load_model(
-        f"{SHARED}/models/cifar_resnet.py:resnet20",
-        weights=SHARED / "models/cifar_resnet20.safetensors",
-        size=32,
-        mean=CIFAR[0],
-        std=CIFAR[1],
-    )
     other = SHARED / "data/imagenet/calib"
-    return Case(model, SHARED / "data/cifar10", "test", other, (32, 128, 256, 1024), (20, 5))
+    return Case(RESNET20.load(), SHARED / "data/cifar10", "test", other, (32, 128, 256, 1024), (20, 5))
 
 
 def mobilenet() -> Case:
     """MobileNet-V1 0.75 and ImageNet."""
-    model = load_model(
-        f"{SHARED}/models/mobilenet_v1.py:mobilenet_v1_075",
-        weights=SHARED / "models/mobilenet_v1_075.safetensors",
-        size=224,
-        mean=HALF[0],
-        std=HALF[1],
-    )
     other = SHARED / "data/cifar10/calib"
-    return Case(model, SHARED / "data/imagenet", "val", other, (32, 128), (5, 2))
+    return Case(MOBILENET.load(), SHARED / "data/imagenet", "val", other, (32, 128), (5, 2))
 
 
 CASES = {"resnet20": resnet20, "mobilenet": mobilenet}

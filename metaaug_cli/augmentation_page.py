@@ -9,7 +9,7 @@ from html import escape
 
 from metaaug_cli.augmentation import distance_note, similarity_note
 from metaaug_cli.line_chart import STYLE, Line, line_chart
-from metaaug_cli.meta import MetaRecord
+from metaaug_cli.meta import TERMS, MetaRecord
 
 _STYLE = f"""
 :root {{ color-scheme: light dark; --first: #0b62c4; --second: #c2410c; --third: #15803d; --faint: #8884 }}
@@ -152,10 +152,7 @@ def _charts(taught: Taught) -> list[str]:
         ),
         line_chart(
             "Pull of each term on T (gradient norm)",
-            [
-                line(name, [r.gradients[term] for r in records])
-                for term, name in enumerate(("validation", "margin", "preservation"))
-            ],
+            [line(name, [r.gradients[term] for r in records]) for term, name in enumerate(TERMS)],
             log=True,
         ),
     ]

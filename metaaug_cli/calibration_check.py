@@ -19,7 +19,6 @@ from metaaug_cli.preparations import Preparation, other_preparations
 from metaaug_cli.preprocessing import Preprocessing
 from metaaug_cli.set_statistics import (
     Distances,
-    SetStatistics,
     collect,
     distance_to_stored,
     standard_error,
@@ -138,7 +137,7 @@ def check_calibration_set(
     classes, different = _classes(statistics.outputs)
     stated = _preprocessing_finding(calibration, expected)
     seen = [
-        *_grey_finding(grey, statistics, probe),
+        *_grey_finding(grey, distances),
         *_preparation_findings(calibration, images, probe),
         *_domain_findings(distances),
     ]
@@ -183,11 +182,11 @@ def _preprocessing_finding(calibration: CalibrationSet, expected: Preprocessing 
     return [Finding("preprocessing", "stated", text, "build the set again for this model")]
 
 
-def _grey_finding(grey: float | None, statistics: SetStatistics, probe: BatchNormProbe) -> list[Finding]:
+def _grey_finding(grey: float | None, distances: Distances) -> list[Finding]:
     """Grey images are wrong only for a network whose first layers remember colour."""
     if grey is None or grey < _GREY_SHARE:
         return []
-    if _first(distance_to_stored(statistics, probe.layers)) < _GREY_DISTANCE:
+    if _first(distances) < _GREY_DISTANCE:
         return []
     text = f"are grey ({grey:.0%} of them have no colour) where the model was trained on colour"
     return [Finding("grey", "grey", text, "use the colour images")]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from metaaug_cli.cli.console import Console, format_seconds, resume_hint
+from metaaug_cli.cli.options import require_device
 from metaaug_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -108,9 +109,7 @@ def settings_from(flags: dict[str, Any], *, num: int | None, seed: int) -> Synth
     stretch = flags["--stretch"]
     if stretch is not None and stretch not in _STRETCHES:
         raise UsageError(f"--stretch {stretch} is unknown", hint=f"use one of: {', '.join(_STRETCHES)}")
-    device = flags["--device"]
-    if device not in (None, "auto", "cpu", "cuda"):
-        raise UsageError(f"--device {device} is not a device", hint="use --device auto, cpu or cuda")
+    require_device(flags["--device"] or "auto")
     given = {"iterations": flags["--iterations"], "batch_size": flags["--batch"], "stretch": stretch}
     return SynthesisSettings(
         num=num or DEFAULT_NUM,

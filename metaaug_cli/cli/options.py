@@ -133,6 +133,17 @@ def model_options(
     return options
 
 
+def require_device(name: str) -> str:
+    """The value of ``--device``, unchanged.
+
+    Raises:
+        UsageError: It is not one that the commands know.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device {name} is not a device", hint="use --device auto, cpu or cuda")
+    return name
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """Read ``224`` or ``HEIGHTxWIDTH`` as (height, width) in pixels."""
     parts = text.lower().split("x")

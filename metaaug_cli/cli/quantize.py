@@ -26,6 +26,7 @@ from metaaug_cli.cli.options import (
     StdOpt,
     WeightsOpt,
     model_options,
+    require_device,
 )
 from metaaug_cli.errors import RecipeError, UsageError
 
@@ -232,8 +233,7 @@ def quantize(
         "--batch": ("reconstruction.batch_size", batch),
         "--seed": ("seed", seed),
     }
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device {device} is not a device", hint="use --device auto, cpu or cuda")
+    require_device(device)
     resolved = _resolve_recipe(recipe, flags, set_ or [])
     _warn_of_settings_without_effect(console, resolved, set_ or [])
     options = model_options(
