@@ -108,7 +108,7 @@ class LearnedAugmentation:
         self.learner = MetaLearner(self.augmenter, passes, images, self.views, schedule)
 
     def warm_up(self, steps: int, tick: Tick | None = None) -> WarmUp | None:
-        """Teach a ``unet`` to reproduce the images; the other forms start at the identity by construction."""
+        """Teach a ``unet`` to reproduce the images; the other forms make sensible images untaught."""
         if self.augmenter.spec.form != "unet":
             return None
         return warm_up(self.augmenter, self.images, steps=steps, seed=self.seed, tick=tick)
