@@ -46,19 +46,19 @@ Key = dict[str, Any]
 
 def resnet20_keys() -> Iterator[Key]:
     """Main comparison first, then ablations, then the remaining bit-widths."""
-    near, learned = ("nearest", 1), ("genie", 300)
+    near, learned, short = ("nearest", 1), ("genie", 300), ("genie", 100)
     groups = [
         (["w4a4", "w8a8"], ["integer"], [near], MAIN),
         (["w4a4"], ["integer"], [learned], MAIN),
-        (["w4a4"], ["full"], [near, learned], MAIN),
-        (["w4a4"], ["integer"], [near, learned], tuple(ABLATIONS)),
-        (["w4a4"], ["full"], [near, learned], tuple(ABLATIONS)),
-        (["w2a4"], ["integer", "full"], [learned], MAIN),
+        (["w4a4"], ["full"], [near, short], MAIN),
+        (["w4a4"], ["integer"], [short], MAIN),
+        (["w2a4"], ["integer", "full"], [short], MAIN),
+        (["w4a4"], ["integer", "full"], [near, short], tuple(ABLATIONS)),
+        (["w2a4"], ["integer", "full"], [short], tuple(ABLATIONS)),
         (["w8a8"], ["full"], [near], MAIN),
-        (["w2a4"], ["integer", "full"], [near], MAIN),
-        (["w2a4"], ["integer", "full"], [learned], tuple(ABLATIONS)),
         (["w8a8"], ["integer", "full"], [near], tuple(ABLATIONS)),
-        (["w8a8"], ["integer", "full"], [learned], MAIN),
+        (["w2a4"], ["integer", "full"], [near], MAIN),
+        (["w8a8"], ["integer", "full"], [short], MAIN),
     ]
     for bits, placements, methods, images in groups:
         yield from _keys(bits, placements, methods, images, num=128)

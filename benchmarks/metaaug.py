@@ -1,8 +1,9 @@
 """What the learned augmenter is worth: ``python benchmarks/metaaug.py SUITE [SUITE ...]``.
 
 All variants of a suite see the same calibration sets (seed = set) and are evaluated in ONNX Runtime on the
-same test images, so that differences are paired. Suites: main (32 images, every variant), images (64 to
-512), w2a4, ablation (weights, preservation, inner steps, epsilon, fixed kinds). Finished runs are kept in
+same test images, so that differences are paired. Suites: main (32 images, every variant, 500 iterations),
+images (8 to 512 images, W2A2 and W2A4, 200 iterations, also with images made from the network beside
+them), ablation (weights, preservation, inner steps, epsilon, fixed kinds). Finished runs are kept in
 benchmarks/results/metaaug.jsonl and not repeated.
 """
 
@@ -12,12 +13,15 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import Subject, is_recorded, quantized, record, resnet20
+from data_free import stored_set
 
+from metaaug_cli.data import join_calibration_sets, load_calibration_set, save_calibration_set
 from metaaug_cli.evaluation import onnx_predictor, predict, score
 from metaaug_cli.export import export_onnx
 from metaaug_cli.manifest import Manifest
@@ -26,6 +30,9 @@ from metaaug_cli.ort import open_session
 Key = dict[str, Any]
 _SETS = range(5)
 _ITERATIONS = 500
+_SHORT = 200
+_SYNTHETIC = "genie, 256 synthetic images too"
+_SYNTHETIC_NUM = 256
 _SMALL = ["metaaug.batch_size=16", "metaaug.val_batch_size=32"]
 _POLICY = ["metaaug.form=policy", "metaaug.steps=50", "metaaug.base_width=16", *_SMALL]
 _RESIDUAL = ["metaaug.form=residual", "metaaug.steps=40", "metaaug.base_width=8", *_SMALL]
@@ -38,10 +45,11 @@ VARIANTS: dict[str, list[str]] = {
     "pool": [f"augmentation.kind={_POOL}"],
     "policy": [_LEARNED, *_POLICY],
     "policy, validation off": [_LEARNED, *_POLICY, _VALIDATION_OFF],
+    _SYNTHETIC: ["augmentation.kind=none"],
+    "genie, twice the iterations": ["augmentation.kind=none"],
     "policy+flip+crop": [f"{_LEARNED}+flip+crop", *_POLICY],
     "residual": [_LEARNED, *_RESIDUAL],
     "residual, validation off": [_LEARNED, *_RESIDUAL, _VALIDATION_OFF],
-    "genie, twice the iterations": ["augmentation.kind=none"],
     "residual+pool": [f"{_LEARNED}+{_POOL}", *_RESIDUAL],
 }
 
@@ -57,21 +65,36 @@ def main_table() -> list[Key]:
     return [_key(variant, seed=seed) for variant in VARIANTS for seed in _SETS]
 
 
+def joined(subject: Subject, key: Key, folder: Path) -> Subject:
+    """The subject with images made from its network beside the key's real ones."""
+    preprocessing, seed = subject.model.preprocessing, key["seed"]
+    real = load_calibration_set(subject.calib, preprocessing=preprocessing, num=key["num"], seed=seed)
+    made = load_calibration_set(stored_set(subject, "dgh", _SYNTHETIC_NUM, seed))
+    save_calibration_set(join_calibration_sets(real, made), folder / "joined.safetensors")
+    return replace(subject, calib=folder / "joined.safetensors")
+
+
 def images() -> list[Key]:
-    """More images: the shape of the paper's Table A.8."""
-    order = ("genie", "pool", "policy")
-    return [
-        _key(variant, num=num, seed=seed)
-        for num in (512, 128, 64, 256)
-        for seed in _SETS
-        for variant in order
+    """From few images to many (the paper's Table A.8); set by set, so that all rows fill evenly."""
+    few, usual = ("genie", "policy", _SYNTHETIC), ("genie", "policy")
+    cells = [
+        ("w2a2", 32, few),
+        ("w2a2", 512, usual),
+        ("w2a2", 8, ("genie", "pool", "policy", _SYNTHETIC)),
+        ("w2a4", 32, few),
+        ("w2a2", 128, usual),
+        ("w2a4", 512, usual),
+        ("w2a2", 64, usual),
+        ("w2a2", 256, usual),
+        ("w2a4", 128, usual),
+        ("w2a4", 64, usual),
+        ("w2a4", 256, usual),
     ]
-
-
-def four_bit_activations() -> list[Key]:
-    """W2A4 with 32 images."""
     return [
-        _key(variant, bits="w2a4", seed=seed) for seed in _SETS for variant in ("genie", "pool", "policy")
+        _key(variant, bits=bits, num=num, seed=seed, iterations=_SHORT)
+        for seed in _SETS
+        for bits, num, variants in cells
+        for variant in variants
     ]
 
 
@@ -103,7 +126,6 @@ _CHANGES = VARIANTS | ABLATION
 SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
     "main": (resnet20, main_table),
     "images": (resnet20, images),
-    "w2a4": (resnet20, four_bit_activations),
     "ablation": (resnet20, ablation),
 }
 
@@ -121,10 +143,13 @@ def settings(key: Key) -> list[str]:
 
 def measure(subject: Subject, key: Key) -> dict[str, Any]:
     """Quantize, export, run in ONNX Runtime; the augmenter's distance and the fit on its images as well."""
-    started = time.monotonic()
-    result = quantized(subject, settings(key), num=key["num"], seed=key["seed"])
-    seconds = time.monotonic() - started
     with tempfile.TemporaryDirectory() as folder:
+        synthetic = key["variant"] == _SYNTHETIC
+        source = joined(subject, key, Path(folder)) if synthetic else subject
+        started = time.monotonic()
+        num = key["num"] + _SYNTHETIC_NUM * synthetic
+        result = quantized(source, settings(key), num=num, seed=key["seed"])
+        seconds = time.monotonic() - started
         path = Path(folder) / "model.onnx"
         manifest = Manifest(model=subject.name, placement="academic", method="benchmark")
         export_onnx(result.deployed, input_size=result.input_size, path=path, manifest=manifest)
@@ -158,13 +183,15 @@ def main() -> None:
     parser.add_argument("suites", nargs="+", choices=SUITES)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch")
     parser.add_argument("--part", default="0/1", help="K/N: every Nth key from the Kth, to share a suite")
+    parser.add_argument("--only", action="append", metavar="VARIANT", help="leave the other variants out")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     part, parts = map(int, arguments.part.split("/"))
     for name in arguments.suites:
         load, keys = SUITES[name]
-        run(load(), keys()[part::parts])
+        chosen = [key for key in keys() if not arguments.only or key["variant"] in arguments.only]
+        run(load(), chosen[part::parts])
 
 
 if __name__ == "__main__":

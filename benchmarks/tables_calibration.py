@@ -15,7 +15,8 @@ def data_free(model: str) -> str:
     rows = []
     groups: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for r in found:
-        groups[r["bits"], r["placement"], r["method"]][r["images_from"]].append(r["onnxruntime"])
+        method = r["method"] if r["method"] == "nearest" else f"{r['method']}, {r['iterations']}"
+        groups[r["bits"], r["placement"], method][r["images_from"]].append(r["onnxruntime"])
     for (bits, placement, method), values in groups.items():
         cells = [f"{spread(values[k])} ({len(values[k])})" if k in values else "" for k in kinds]
         rows.append([bits.upper(), placement, method, *cells])

@@ -145,6 +145,26 @@ def make_calibration_set(
     return CalibrationSet(images, preprocessing, tuple(sources), tuple(skipped), digest, origin)
 
 
+def join_calibration_sets(first: CalibrationSet, second: CalibrationSet) -> CalibrationSet:
+    """One set with the images of both, those of ``first`` in front.
+
+    Raises:
+        InputError: They were prepared in different ways.
+    """
+    differences = second.preprocessing.differences(first.preprocessing)
+    if differences:
+        raise InputError(f"sets of different preprocessing cannot be joined ({'; '.join(differences)})")
+    made = make_calibration_set(
+        torch.cat([first.images, second.images]),
+        first.preprocessing,
+        first.sources + second.sources,
+        first.skipped + second.skipped,
+        f"{first.origin} and {second.origin}",
+    )
+    duplicates, outliers = first.duplicates + second.duplicates, first.outliers + second.outliers
+    return replace(made, duplicates=duplicates, outliers=outliers)
+
+
 def load_calibration_set(
     path: Path | str,
     *,

@@ -44,6 +44,9 @@ EPILOG = """\
   metaaug calibrate resnet18 --data-free --num 512 --out synthetic.safetensors
   metaaug quantize  resnet18 --calib synthetic.safetensors --wbits 4 --abits 4
 
+[bold]Too few images?[/bold] Made ones beside them keep the blocks from learning the few by heart
+  metaaug calibrate resnet18 --data-free --num 256 --beside ./imgs --out mixed.safetensors
+
 [bold]Look at it[/bold]: a verdict here, pictures in one HTML page
   metaaug calibrate inspect calib.safetensors --model resnet18
 
@@ -127,6 +130,7 @@ def build(
     std: StdOpt = None,
     interpolation: InterpolationOpt = None,
     data_free: free.DataFreeOpt = False,
+    beside: free.BesideOpt = None,
     iterations: free.IterationsOpt = None,
     batch: free.BatchOpt = None,
     stretch: free.StretchOpt = None,
@@ -146,7 +150,8 @@ def build(
     model that prepares images differently.
 
     With --data-free no images are needed: they are made from what the
-    network's batch norms remember of its training images.
+    network's batch norms remember of its training images. With --beside your
+    own few images come first in the set.
     """
     console = Console(quiet=quiet, json=json)
     require_output(out, ".safetensors", "--out")
@@ -154,6 +159,7 @@ def build(
         weights=weights, size=size, resize=resize, mean=mean, std=std, interpolation=interpolation
     )
     flags = {
+        "--beside": beside,
         "--iterations": iterations,
         "--batch": batch,
         "--stretch": stretch,
@@ -174,7 +180,8 @@ def build(
     loaded = load_model(model, **options)
     console.note(f"{loaded.name}: {loaded.preprocessing.describe()}")
     if settings is not None:
-        calibration = free.synthesize(console, loaded, settings, out, images, flags)
+        real = _real_images(console, beside, loaded, seed)
+        calibration = free.synthesize(console, loaded, settings, out, images, real, flags)
     else:
         assert folder is not None
         calibration = _draw(console, folder, loaded, out, num or _DEFAULT_NUM, seed, keep_duplicates)
@@ -187,6 +194,23 @@ def _required(images: Path | None) -> Path:
     if images is None:
         raise UsageError("no images to draw from", hint="pass --images DIR; without any, --data-free")
     return images
+
+
+def _real_images(
+    console: Console, path: Path | None, loaded: LoadedModel, seed: int
+) -> CalibrationSet | None:
+    """What ``--beside`` names, prepared for the model."""
+    if path is None:
+        return None
+    from metaaug_cli.data import load_calibration_set
+
+    with console.progress("reading images") as progress:
+        real = load_calibration_set(
+            path, preprocessing=loaded.preprocessing, num=_DEFAULT_NUM, seed=seed, progress=progress
+        )
+    warn_about(real, console)
+    console.note(f"{len(real.images)} real images from {real.origin}")
+    return real
 
 
 def _draw(

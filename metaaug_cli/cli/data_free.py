@@ -51,6 +51,15 @@ BatchOpt = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+BesideOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--beside",
+        metavar="DIR|FILE",
+        help="Your few real images, a folder or a set: they come first in the set, the made ones after them.",
+        rich_help_panel=PANEL,
+    ),
+]
 StretchOpt = Annotated[
     str | None,
     typer.Option(
@@ -126,10 +135,11 @@ def synthesize(
     settings: SynthesisSettings,
     out: Path,
     images: Path | None,
+    real: CalibrationSet | None,
     flags: dict[str, Any],
 ) -> CalibrationSet:
-    """Make the set, store it, and write the PNGs that were asked for."""
-    from metaaug_cli.data import save_calibration_set
+    """Make the set, store it behind the ``real`` one, and write the made images as PNGs if asked for."""
+    from metaaug_cli.data import join_calibration_sets, save_calibration_set
     from metaaug_cli.memory import keep_freed_memory
     from metaaug_cli.pipeline import pick_device
     from metaaug_cli.png_folder import require_empty, write_pngs
@@ -152,7 +162,7 @@ def synthesize(
     hint = f"continue with: metaaug {shlex.join(again)} --resume"
     history, started = SynthesisHistory(), time.monotonic()
     with resume_hint(hint), console.progress("making images") as tick:
-        calibration = synthesize_calibration_set(
+        made = synthesize_calibration_set(
             loaded,
             settings,
             device=device,
@@ -161,10 +171,11 @@ def synthesize(
             tick=tick,
             history=history,
         )
+    calibration = made if real is None else join_calibration_sets(real, made)
     save_calibration_set(calibration, out)
     if images is not None:
-        write_pngs(calibration, images)
-        console.result(f"{len(calibration.images)} PNG files written to {images}")
+        write_pngs(made, images)
+        console.result(f"{len(made.images)} PNG files written to {images}")
     state.unlink(missing_ok=True)
     if history.losses:
         console.note(

@@ -66,6 +66,34 @@ def test_a_set_without_images_quantizes_a_network(tmp_path, capsys):
     assert "6 images, data-free from net.build, seed 0" in capsys.readouterr().err
 
 
+def test_real_images_come_first_and_made_ones_beside_them(tmp_path, capsys):
+    for number, colour in enumerate(("red", "green", "blue")):
+        (tmp_path / "few").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), colour).save(tmp_path / "few" / f"{number}.png")
+    assert calibrate(*FAST, "--num", "4", "--beside", "few", "--images", "sheet") == 0
+    assert "3 real images from folder few" in capsys.readouterr().err
+    stored = load_calibration_set(tmp_path / "s.safetensors")
+    assert set(stored.sources[:3]) == {"0.png", "1.png", "2.png"}
+    assert len(stored.images) == 7
+    real = load_calibration_set(tmp_path / "few", preprocessing=stored.preprocessing)
+    assert stored.images[:3].equal(real.images)
+    assert len(list((tmp_path / "sheet").iterdir())) == 4
+
+    assert calibrate(*FAST, "--num", "4", "-q") == 0
+    alone = load_calibration_set(tmp_path / "s.safetensors")
+    assert stored.images[3:].equal(alone.images)
+
+
+def test_real_images_that_do_not_fit_are_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    assert calibrate(*FAST, "--num", "2", "-q") == 0
+    (tmp_path / "s.safetensors").rename(tmp_path / "other.safetensors")
+    monkeypatch.setattr("metaaug_cli.synthesis._Synthesis", None)
+    assert calibrate(*FAST, "--beside", "nowhere") == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert calibrate(*FAST, "--beside", "other.safetensors", "--size", "24") == 2
+    assert "another preprocessing" in capsys.readouterr().err
+
+
 def test_ctrl_c_says_how_to_continue(tmp_path, capsys, monkeypatch):
     assert calibrate(*FAST, "--num", "6", "-q") == 0
     wanted = load_calibration_set(tmp_path / "s.safetensors").sha256
@@ -117,8 +145,8 @@ def test_a_network_without_batch_norms(capsys):
 
 def test_flags_of_this_mode_need_it(capsys):
     arguments = ["calibrate", "net.py:build", *PREPARED, "--out", "s.safetensors"]
-    assert main([*arguments, "--images", ".", "--stretch", "off", "--no-whole-set"]) == 2
-    assert "--stretch, --no-whole-set: for --data-free only" in capsys.readouterr().err
+    assert main([*arguments, "--images", ".", "--beside", ".", "--stretch", "off"]) == 2
+    assert "--beside, --stretch: for --data-free only" in capsys.readouterr().err
     assert main(arguments) == 2
     assert "--data-free" in capsys.readouterr().err
 

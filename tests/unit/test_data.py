@@ -18,6 +18,7 @@ from metaaug_cli.data import (
     build_calibration_set,
     check_class_count,
     iter_labelled_batches,
+    join_calibration_sets,
     load_calibration_set,
     make_calibration_set,
     save_calibration_set,
@@ -272,6 +273,22 @@ def test_a_set_for_another_preprocessing_is_refused(folder, tmp_path):
     other = Preprocessing((8, 8), None, "bilinear", (0.5, 0.5, 0.5), PREPROCESSING.std)
     with pytest.raises(InputError, match=r"mean: 0\.5 0\.4 0\.3, not 0\.5 0\.5 0\.5"):
         load_calibration_set(path, preprocessing=other)
+
+
+def test_joined_sets_keep_their_order_notes_and_bits(folder, tmp_path):
+    (folder / "cat" / "0.png").write_bytes(b"no image")
+    first = build_calibration_set(scan_folder(folder), PREPROCESSING, num=4, seed=1)
+    second = build_calibration_set(scan_folder(folder), PREPROCESSING, num=3, seed=2)
+    joined = join_calibration_sets(first, second)
+    assert joined.images.equal(torch.cat([first.images, second.images]))
+    assert joined.sources == first.sources + second.sources
+    assert joined.skipped == first.skipped + second.skipped
+    assert len({joined.sha256, first.sha256, second.sha256}) == 3
+    save_calibration_set(joined, tmp_path / "joined.safetensors")
+    assert load_calibration_set(tmp_path / "joined.safetensors").sha256 == joined.sha256
+    other = make_calibration_set(second.images, replace(PREPROCESSING, mean=(0.5, 0.5, 0.5)), second.sources)
+    with pytest.raises(InputError, match="mean"):
+        join_calibration_sets(first, other)
 
 
 def test_a_changed_or_foreign_file_is_refused(folder, tmp_path):
