@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from metaaug_cli.errors import GraphError
+from metaaug_cli.errors import GraphError, InputError
 from metaaug_cli.graph_tools import lookup, register_buffer
 from metaaug_cli.normalize import normalize
 
 _LARGEST_BATCH = 1 << 16
+_LONGEST_SUMMARY = 300
 
 
 def capture(network: nn.Module | ExportedProgram, input_size: tuple[int, int, int]) -> fx.GraphModule:
@@ -36,6 +37,7 @@ def capture(network: nn.Module | ExportedProgram, input_size: tuple[int, int, in
 
     Raises:
         GraphError: The network cannot be traced, has several inputs or outputs, or fixes its batch size.
+        InputError: It does not run on images of this size.
     """
     return normalize(capture_unfolded(network, input_size))
 
@@ -51,6 +53,7 @@ def capture_unfolded(
 
     Raises:
         GraphError: As for ``capture``.
+        InputError: As for ``capture``.
     """
     program = export_program(network, input_size)
     with warnings.catch_warnings():
@@ -65,6 +68,7 @@ def export_program(network: nn.Module | ExportedProgram, input_size: tuple[int, 
 
     Raises:
         GraphError: The network cannot be traced; names the user's line.
+        InputError: It does not run on images of this size either.
     """
     if isinstance(network, ExportedProgram):
         return network
@@ -77,7 +81,7 @@ def export_program(network: nn.Module | ExportedProgram, input_size: tuple[int, 
         with _quiet_export(), torch.no_grad():
             return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # torch.export raises many kinds; all mean "cannot be traced"
-        raise _untraceable(error) from error
+        raise _does_not_run(network, example) or _untraceable(error) from error
 
 
 def _required_inputs(network: nn.Module) -> int | None:
@@ -112,28 +116,51 @@ def _quiet_export() -> Iterator[None]:
         torch_logger.setLevel(level)
 
 
+def _does_not_run(network: nn.Module, example: Tensor) -> InputError | None:
+    """The error of a network that fails on such images, traced or not; None for one that runs."""
+    try:
+        with torch.no_grad():
+            network(example)
+    except Exception as error:  # the user's code may raise anything
+        text = str(error).strip()
+        where = _at(_user_line(error))
+        if wrong := re.search(r"to have (\d+) channels, but got (\d+) channels", text):
+            wants, gets = wrong.groups()
+            return InputError(
+                f"the network takes images of {wants} channels, the preprocessing gives {gets}{where}",
+                hint="--mean and --std take one value per channel",
+            )
+        _, _, height, width = example.shape
+        return InputError(
+            f"the network does not run on images of {height}x{width} pixels{where}: {_first_line(error)}",
+            hint="check that --size is what the network was trained with; its forward(x) gets one float "
+            "tensor (N, C, H, W)",
+        )
+    return None
+
+
 def _untraceable(error: Exception) -> GraphError:
     text = str(error).strip()
-    summary = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    summary = _first_line(error)
     fixed = re.search(r"specialized it to be a constant \((\d+)\)", text)
     if fixed:
         summary = f"its code works for batches of {fixed.group(1)} images only"
-    place = _user_line(error) or _line_in_text(text)
-    where = f" at {place}" if place else ""
-    if wrong := re.search(r"to have (\d+) channels, but got (\d+) channels", text):
-        wants, gets = wrong.groups()
-        return GraphError(
-            f"the network takes images of {wants} channels, the preprocessing gives {gets}{where}",
-            hint="--mean and --std take one value per channel",
-        )
-    hint = (
-        "make that line independent of tensor values and of the batch size (no Python `if` on a tensor, "
+    where = _at(_user_line(error) or _line_in_text(text))
+    return GraphError(
+        f"the network cannot be traced{where}: {summary}",
+        hint="make that line independent of tensor values and of the batch size (no Python `if` on a tensor, "
         "no fixed batch in view/reshape), or export the network yourself with a dynamic batch dimension and "
-        "pass the .pt2 file"
+        "pass the .pt2 file",
     )
-    if "same reduction dim" in text or "shapes cannot be multiplied" in text:
-        hint = f"check that --size is what the network was trained with; otherwise {hint}"
-    return GraphError(f"the network cannot be traced{where}: {summary[:300]}", hint=hint)
+
+
+def _first_line(error: Exception) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line[:_LONGEST_SUMMARY] for line in lines if line), type(error).__name__)
+
+
+def _at(place: str | None) -> str:
+    return f" at {place}" if place else ""
 
 
 def _user_line(error: BaseException) -> str | None:

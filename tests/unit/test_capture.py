@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metaaug_cli.capture import capture, export_program
-from metaaug_cli.errors import GraphError
+from metaaug_cli.errors import GraphError, InputError
 from metaaug_cli.ops import is_activation
 
 
@@ -186,15 +186,18 @@ class Raises(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("body", "line"),
-    [(DependsOnValues, "the line that cannot be traced"), (Raises, "the line that fails")],
+    ("body", "error", "line", "hint"),
+    [
+        (DependsOnValues, GraphError, "the line that cannot be traced", ".pt2"),
+        (Raises, InputError, "the line that fails", "--size"),
+    ],
 )
-def test_an_untraceable_network_names_the_users_line(body, line, capfd):
-    with pytest.raises(GraphError, match="cannot be traced") as caught:
+def test_a_network_that_fails_names_the_users_line(body, error, line, hint, capfd):
+    with pytest.raises(error, match=r"cannot be traced|does not run on images of") as caught:
         capture(Net(body()), SIZE)
     assert f"{__file__}:{line_with(line)}" in caught.value.message
     assert "\n" not in caught.value.message
-    assert ".pt2" in caught.value.hint
+    assert hint in caught.value.hint
     assert capfd.readouterr() == ("", ""), "torch's own printing reaches the terminal"
 
 
@@ -258,7 +261,7 @@ def test_an_operator_with_several_results_is_refused_with_its_line():
 
 def test_torchs_settings_are_restored():
     before = torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch").level
-    with pytest.raises(GraphError):
+    with pytest.raises(InputError):
         capture(Raises(), SIZE)
     capture(trained(Net(nn.ReLU())), SIZE)
     assert (torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch").level) == before
