@@ -98,6 +98,7 @@ class LearnedAugmentation:
     ) -> None:
         self.images, self.preprocessing, self.operations, self.seed = images, preprocessing, operations, seed
         self.copies = copies
+        self.warned: set[str] = set()
         self.variance = max(image_variance(images), 1e-12)
         height, width = images.shape[2:]
         self.augmenter = Augmenter(spec, preprocessing, (height, width), self.variance, seed=seed).to(device)
@@ -142,14 +143,23 @@ class LearnedAugmentation:
         first = made[: len(self.images)]
         distance = float((first - self.images).square().mean()) / self.variance
         similarity = self._similarity(first)
-        for note in (distance_note(distance, self.augmenter.spec.epsilon), similarity_note(similarity)):
-            if note is not None:
-                _logger.warning("block %s: %s", block.name, note)
+        self._warn("distance", block, distance_note(distance, self.augmenter.spec.epsilon))
+        self._warn("similarity", block, similarity_note(similarity))
         if self.operations != NONE:
             each = self.copies if self._passes() == 1 else 1
             made = augmented_copies(made, self.preprocessing, self.operations, each, generator)
         shown = torch.linspace(0, len(self.images) - 1, min(len(self.images), SHOWN_IMAGES)).round().long()
         return Copies(made, distance, similarity, self.images[shown], first[shown])
+
+    def _warn(self, what: str, block: Block, note: str | None) -> None:
+        """A warning for the first block; later ones have the same cure, so they go to the log."""
+        if note is None:
+            return
+        if what in self.warned:
+            _logger.info("block %s: %s", block.name, note)
+            return
+        self.warned.add(what)
+        _logger.warning("block %s: %s (named once; the log has later blocks)", block.name, note)
 
     def _passes(self) -> int:
         """Times that T walks the images: only the policy gives a different image each time."""

@@ -83,6 +83,9 @@ def test_a_collapsed_augmenter_is_warned_about(caplog):
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert f"block {block.name}: the augmenter has collapsed to the identity" in record.message
+    with caplog.at_level("INFO"):
+        learned.make(data_of(learned, 2)[0], torch.Generator())
+    assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"], "one cure is named once"
 
 
 def test_unrecognisable_images_are_warned_about(caplog):
