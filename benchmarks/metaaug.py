@@ -3,8 +3,8 @@
 All variants of a suite see the same calibration sets (seed = set) and are evaluated in ONNX Runtime on the
 same test images, so that differences are paired. Suites: main (32 images, every variant, 500 iterations),
 images (8 to 512 images, W2A2 and W2A4, 200 iterations, also with images made from the network beside
-them), ablation (weights, preservation, inner steps, epsilon, fixed kinds). Finished runs are kept in
-benchmarks/results/metaaug.jsonl and not repeated.
+them), ablation (weights, preservation, inner steps, epsilon, fixed kinds), mobilenet (64 and 512
+images of 224 px). Finished runs are kept in benchmarks/results/metaaug.jsonl and not repeated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Subject, is_recorded, quantized, record, resnet20
+from common import Subject, is_recorded, mobilenet, quantized, record, resnet20
 from data_free import stored_set
 
 from metaaug_cli.data import join_calibration_sets, load_calibration_set, save_calibration_set
@@ -32,7 +32,8 @@ _SETS = range(5)
 _ITERATIONS = 500
 _SHORT = 200
 _SYNTHETIC = "genie, 256 synthetic images too"
-_SYNTHETIC_NUM = 256
+_SYNTHETIC_64 = "genie, 64 synthetic images too"
+_SYNTHETIC_COUNT = {_SYNTHETIC: 256, _SYNTHETIC_64: 64}
 _SMALL = ["metaaug.batch_size=16", "metaaug.val_batch_size=32"]
 _POLICY = ["metaaug.form=policy", "metaaug.steps=50", "metaaug.base_width=16", *_SMALL]
 _RESIDUAL = ["metaaug.form=residual", "metaaug.steps=40", "metaaug.base_width=8", *_SMALL]
@@ -69,7 +70,7 @@ def joined(subject: Subject, key: Key, folder: Path) -> Subject:
     """The subject with images made from its network beside the key's real ones."""
     preprocessing, seed = subject.model.preprocessing, key["seed"]
     real = load_calibration_set(subject.calib, preprocessing=preprocessing, num=key["num"], seed=seed)
-    made = load_calibration_set(stored_set(subject, "dgh", _SYNTHETIC_NUM, seed))
+    made = load_calibration_set(stored_set(subject, "dgh", _SYNTHETIC_COUNT[key["variant"]], seed))
     save_calibration_set(join_calibration_sets(real, made), folder / "joined.safetensors")
     return replace(subject, calib=folder / "joined.safetensors")
 
@@ -77,21 +78,19 @@ def joined(subject: Subject, key: Key, folder: Path) -> Subject:
 def images() -> list[Key]:
     """From few images to many (the paper's Table A.8); set by set, so that all rows fill evenly."""
     few, usual = ("genie", "policy", _SYNTHETIC), ("genie", "policy")
-    cells = [
+    telling = [
         ("w2a2", 32, few),
         ("w2a2", 512, usual),
         ("w2a2", 8, ("genie", "pool", "policy", _SYNTHETIC)),
         ("w2a4", 32, few),
-        ("w2a2", 128, usual),
+        ("w2a2", 128, few),
         ("w2a4", 512, usual),
-        ("w2a2", 64, usual),
-        ("w2a2", 256, usual),
-        ("w2a4", 128, usual),
-        ("w2a4", 64, usual),
-        ("w2a4", 256, usual),
     ]
+    between = [("w2a2", 64, usual), ("w2a2", 256, usual)]
+    between += [("w2a4", num, usual) for num in (64, 128, 256)]
     return [
         _key(variant, bits=bits, num=num, seed=seed, iterations=_SHORT)
+        for cells in (telling, between)
         for seed in _SETS
         for bits, num, variants in cells
         for variant in variants
@@ -101,6 +100,17 @@ def images() -> list[Key]:
 def ablation() -> list[Key]:
     """One change at a time, two calibration sets: weights, preservation, epsilon, inner steps."""
     return [_key(variant, seed=seed) for variant in ABLATION for seed in range(2)]
+
+
+def mobilenet_keys() -> list[Key]:
+    """224 px: one calibration set, 60 iterations, few images first."""
+    cells = [("w4a4", 64), ("w2a4", 64), ("w4a4", 512), ("w2a4", 512)]
+    return [
+        _key(variant, bits=bits, num=num, seed=0, iterations=60)
+        for bits, num in cells
+        for variant in MOBILENET_VARIANTS
+        if num == 64 or variant != _SYNTHETIC_64
+    ]
 
 
 ABLATION = {
@@ -121,12 +131,19 @@ ABLATION = {
     "photometric": ["augmentation.kind=photometric"],
     "rand-geometric": ["augmentation.kind=rand-geometric"],
 }
-_CHANGES = VARIANTS | ABLATION
+_LARGE = ["metaaug.form=policy", "metaaug.steps=10", "metaaug.batch_size=8", "metaaug.val_batch_size=16"]
+MOBILENET_VARIANTS = {
+    "genie": ["augmentation.kind=none"],
+    "policy, 10 outer steps, 2 copies": [_LEARNED, *_LARGE, "augmentation.copies=2"],
+    _SYNTHETIC_64: ["augmentation.kind=none"],
+}
+_CHANGES = VARIANTS | ABLATION | MOBILENET_VARIANTS
 
 SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
     "main": (resnet20, main_table),
     "images": (resnet20, images),
     "ablation": (resnet20, ablation),
+    "mobilenet": (mobilenet, mobilenet_keys),
 }
 
 
@@ -144,11 +161,10 @@ def settings(key: Key) -> list[str]:
 def measure(subject: Subject, key: Key) -> dict[str, Any]:
     """Quantize, export, run in ONNX Runtime; the augmenter's distance and the fit on its images as well."""
     with tempfile.TemporaryDirectory() as folder:
-        synthetic = key["variant"] == _SYNTHETIC
+        synthetic = _SYNTHETIC_COUNT.get(key["variant"], 0)
         source = joined(subject, key, Path(folder)) if synthetic else subject
         started = time.monotonic()
-        num = key["num"] + _SYNTHETIC_NUM * synthetic
-        result = quantized(source, settings(key), num=num, seed=key["seed"])
+        result = quantized(source, settings(key), num=key["num"] + synthetic, seed=key["seed"])
         seconds = time.monotonic() - started
         path = Path(folder) / "model.onnx"
         manifest = Manifest(model=subject.name, placement="academic", method="benchmark")

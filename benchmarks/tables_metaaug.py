@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 from math import sqrt
 from statistics import mean, stdev
 
 from tables_common import Record, markdown, records, spread
 
 _BASE = "genie"
+_ITERATIONS, _SHORT = 500, 200
+_FIRST = {"bits": "w2a2", "num": 32, "iterations": _ITERATIONS}
+_SYNTHETIC = "genie, 256 synthetic images too"
 _MAIN = (
     "genie",
     "genie, twice the iterations",
@@ -16,14 +20,15 @@ _MAIN = (
     "policy",
     "policy, validation off",
     "policy+flip+crop",
+    _SYNTHETIC,
     "residual",
     "residual, validation off",
     "residual+pool",
 )
 
 
-def _by_set(variant: str, **wanted: object) -> dict[int, Record]:
-    found = [r for r in records("metaaug") if r["variant"] == variant]
+def _by_set(variant: str, model: str = "resnet20", **wanted: object) -> dict[int, Record]:
+    found = [r for r in records("metaaug") if r["variant"] == variant and r["model"] == model]
     return {r["seed"]: r for r in found if all(r[k] == v for k, v in wanted.items())}
 
 
@@ -39,25 +44,22 @@ def paired(found: dict[int, Record], base: dict[int, Record]) -> str:
 
 
 def _rows(variants: Iterable[str], **wanted: object) -> list[list[str]]:
-    rows = []
     base = _by_set(_BASE, **wanted)
-    for variant in variants:
-        found = _by_set(variant, **wanted)
-        if not found:
-            continue
-        values = list(found.values())
-        distances = [d for r in values for d in r["distance"]]
-        rows.append(
-            [
-                variant,
-                spread([r["onnxruntime"] for r in values]),
-                paired(found, base) if variant != _BASE else "",
-                f"{min(distances):.2f} to {max(distances):.2f}" if distances else "",
-                str(values[0]["iterations"]),
-                str(len(values)),
-            ]
-        )
-    return rows
+    found = {variant: _by_set(variant, **wanted) for variant in variants}
+    return [_row(variant, sets, base) for variant, sets in found.items() if sets]
+
+
+def _row(variant: str, found: dict[int, Record], base: dict[int, Record]) -> list[str]:
+    values = list(found.values())
+    distances = [d for r in values for d in r["distance"]]
+    return [
+        variant,
+        spread([r["onnxruntime"] for r in values]),
+        paired(found, base) if variant != _BASE else "",
+        f"{min(distances):.2f} to {max(distances):.2f}" if distances else "",
+        str(values[0]["iterations"]),
+        str(len(values)),
+    ]
 
 
 _HEADER = ["variant", "top-1", "minus genie, same sets", "T's distance", "iterations", "sets"]
@@ -65,33 +67,45 @@ _HEADER = ["variant", "top-1", "minus genie, same sets", "T's distance", "iterat
 
 def main_table() -> str:
     """32 images, W2A2."""
-    return markdown(_HEADER, _rows(_MAIN, bits="w2a2", num=32))
-
-
-def four_bit_activations() -> str:
-    """32 images, W2A4."""
-    return markdown(_HEADER, _rows(_MAIN, bits="w2a4", num=32))
+    once = [v for v in _MAIN if "twice" not in v]
+    rows = _rows(once, **_FIRST)
+    twice = _by_set("genie, twice the iterations", **_FIRST | {"iterations": 2 * _ITERATIONS})
+    if twice:
+        rows.insert(1, _row("genie, twice the iterations", twice, _by_set(_BASE, **_FIRST)))
+    return markdown(_HEADER, rows)
 
 
 def ablation() -> str:
     """One change at a time."""
     others = dict.fromkeys(r["variant"] for r in records("metaaug") if r["variant"] not in _MAIN)
-    return markdown(_HEADER, _rows(others, bits="w2a2", num=32))
+    return markdown(_HEADER, _rows(others, **_FIRST))
+
+
+def mobilenet() -> str:
+    """224 px, one calibration set."""
+    found = [r for r in records("metaaug") if r["model"] == "mobilenet_v1_075"]
+    rows = []
+    for bits, num in dict.fromkeys((r["bits"], r["num"]) for r in found):
+        group = [r for r in found if (r["bits"], r["num"]) == (bits, num)]
+        base = {r["seed"]: r for r in group if r["variant"] == _BASE}
+        for r in group:
+            gain = paired({r["seed"]: r}, base) if r["variant"] != _BASE else ""
+            top1 = f"{r['onnxruntime']:.2f}"
+            rows.append([bits.upper(), str(num), r["variant"], top1, gain, f"{r['seconds'] / 60:.0f}"])
+    return markdown(["bits", "images", "variant", "top-1", "minus genie", "minutes"], rows)
 
 
 def images() -> str:
-    """Gain against the number of images."""
+    """Gain against the number of images, short schedule."""
     rows = []
-    for num in (32, 64, 128, 256, 512):
-        base = _by_set(_BASE, bits="w2a2", num=num)
-        if not base:
-            continue
-        row = [str(num), spread([r["onnxruntime"] for r in base.values()])]
-        for variant in ("pool", "policy"):
-            found = _by_set(variant, bits="w2a2", num=num)
-            row += [spread([r["onnxruntime"] for r in found.values()]) if found else "", paired(found, base)]
-        rows.append(row)
-    return markdown(["images", "genie", "pool", "minus genie", "policy", "minus genie"], rows)
+    others = ("pool", "policy", _SYNTHETIC)
+    for bits, num in product(("w2a2", "w2a4"), (8, 32, 64, 128, 256, 512)):
+        wanted = {"bits": bits, "num": num, "iterations": _SHORT}
+        base = _by_set(_BASE, **wanted)
+        if base:
+            gains = [paired(_by_set(variant, **wanted), base) for variant in others]
+            rows.append([bits.upper(), str(num), spread([r["onnxruntime"] for r in base.values()]), *gains])
+    return markdown(["bits", "images", "genie", *(f"{v.removeprefix('genie, ')}" for v in others)], rows)
 
 
 def speed() -> str:

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new, never half of it."""
+"""Where files go, and writing them so that a reader sees the old content or the new, never half of it."""
 
 import contextlib
 import os
@@ -38,3 +38,18 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise InputError(
             f"cannot write {path}: {exc.strerror}", hint="name a file in a folder that exists and is writable"
         ) from exc
+
+
+def cache_directory() -> Path | None:
+    """Where results are kept for later runs: ``$METAAUG_CACHE``, else ``metaaug`` in the user's cache.
+
+    None where the user has no home directory and names no other.
+    """
+    if chosen := os.environ.get("METAAUG_CACHE"):
+        return Path(chosen)
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "metaaug"
+    try:
+        return Path.home() / ".cache" / "metaaug"
+    except RuntimeError:
+        return None

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from metaaug_cli.artifacts import Fingerprint, RunDirectory, RunInfo, hash_graph
-from metaaug_cli.augment import augmented_copies
-from metaaug_cli.augment_kinds import NONE, learned_part
+from metaaug_cli.augment_kinds import learned_part
 from metaaug_cli.augmentation import LearnedAugmentation
 from metaaug_cli.augmentation_files import AugmentationFiles
 from metaaug_cli.blocks import Block, Chain, search_activation_scales
@@ -25,6 +24,8 @@ from metaaug_cli.config import Recipe
 from metaaug_cli.data import CalibrationSet
 from metaaug_cli.deploy import deploy
 from metaaug_cli.errors import MetaAugError, UsageError
+from metaaug_cli.learning_images import LearningImages, learning_images
+from metaaug_cli.learning_images import Progress as ImageProgress
 from metaaug_cli.memory import peak_memory_mib
 from metaaug_cli.models import LoadedModel
 from metaaug_cli.prepare import (
@@ -37,7 +38,6 @@ from metaaug_cli.prepare import (
     require_images,
     schedule_of,
 )
-from metaaug_cli.preprocessing import Preprocessing
 from metaaug_cli.reconstruct import PROBE_IMAGES, BlockHistory, Schedule, probe_loss, reconstruct_block
 from metaaug_cli.simulation import IntegerSimulation
 from metaaug_cli.walk import Walker
@@ -48,7 +48,7 @@ _SCALE_SEARCH_IMAGES = 64
 _AGREEMENT_IMAGES, _AGREEMENT_BATCH = 128, 32
 
 
-class Progress(Protocol):
+class Progress(ImageProgress, Protocol):
     """What a caller may want to show while a run is going."""
 
     def planned(self, blocks: int, steps_per_block: int) -> None:
@@ -68,6 +68,12 @@ class Progress(Protocol):
 
 
 class _Silent:
+    def making_images(self, done: int, total: int, text: str) -> None:
+        pass
+
+    def made_images(self, count: int) -> None:
+        pass
+
     def planned(self, blocks: int, steps_per_block: int) -> None:
         pass
 
@@ -141,7 +147,8 @@ def quantize(
     progress.planned(len(chain.blocks), _steps_per_block(recipe))
     started = time.monotonic()
     with _out_of_memory_hint():
-        run = _start(chain.to(target), calibration, recipe, target, cache_gb, directory, progress)
+        images = learning_images(model, calibration, recipe, target, progress)
+        run = _start(chain.to(target), images, recipe, target, cache_gb, directory, progress)
         histories = [run.walk(block, resumed=block.index < done) for block in chain.blocks]
         run.show()
     learned_from = run.walker.images[: run.walker.originals]
@@ -158,7 +165,7 @@ def _steps_per_block(recipe: Recipe) -> int:
 
 def _start(
     chain: Chain,
-    calibration: CalibrationSet,
+    images: LearningImages,
     recipe: Recipe,
     device: torch.device,
     cache_gb: float | None,
@@ -166,19 +173,18 @@ def _start(
     progress: Progress,
 ) -> _Run:
     """What all blocks share: the images on their way, and the learned augmenter where the recipe has one."""
-    images, held_back = _split(calibration.images, recipe)
-    walked = _with_copies(images, calibration.preprocessing, recipe)
-    walker = Walker(walked, len(images), held_back, device, default_budget(device, cache_gb))
+    originals, budget = images.originals, default_budget(device, cache_gb)
+    walker = Walker(images.with_copies(recipe), len(originals), images.held_back, device, budget)
     learned = None
     if learns_augmenter(recipe):
         learned = LearnedAugmentation(
             augmenter_of(recipe),
             meta_schedule_of(recipe),
             chain.blocks,
-            images,
-            calibration.preprocessing,
+            originals,
+            images.preprocessing,
             operations=learned_part(augmentation_kind(recipe))[1],
-            copies=copies_of(recipe, len(images)),
+            copies=copies_of(recipe, len(originals)),
             seed=recipe.seed,
             device=device,
         )
@@ -187,25 +193,6 @@ def _start(
             progress.warmed_up(warmed)
     files = AugmentationFiles(directory, [b.name for b in chain.blocks]) if directory and learned else None
     return _Run(walker, recipe, progress, directory, learned, files)
-
-
-def _split(images: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Images to learn from, and those the recipe holds back."""
-    count = recipe.calibration.holdout
-    if count == 0:
-        return images, images[:0]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed))
-    return images[order[count:].sort().values], images[order[:count].sort().values]
-
-
-def _with_copies(images: Tensor, preprocessing: Preprocessing, recipe: Recipe) -> Tensor:
-    """The images, followed by the recipe's fixed copies of them where no augmenter is learned."""
-    is_learned, operations = learned_part(augmentation_kind(recipe))
-    if is_learned or operations == NONE:
-        return images
-    generator = torch.Generator().manual_seed(recipe.seed)
-    copies = copies_of(recipe, len(images))
-    return torch.cat([images, augmented_copies(images, preprocessing, operations, copies, generator)])
 
 
 @dataclass

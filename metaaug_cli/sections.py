@@ -29,6 +29,11 @@ class Calibration(Section):
         ge=0,
         description="Of these, images kept out of learning to measure how far the blocks overfit the others.",
     )
+    synthetic: int = Field(
+        default=0,
+        ge=0,
+        description="Images made from the network's batch norms to learn on besides; kept for later runs.",
+    )
 
 
 class PreprocessingOverrides(Section):

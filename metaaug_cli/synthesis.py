@@ -125,7 +125,7 @@ def synthesize_calibration_set(
     """
     if state_path is not None and not resume:
         require_absent(state_path)
-    state = StateFile(state_path, _fingerprint(model, settings)) if state_path is not None else None
+    state = StateFile(state_path, fingerprint(model, settings)) if state_path is not None else None
     synthesis = _Synthesis(model, settings, device or torch.device("cpu"))
     if state is not None and resume:
         synthesis.load(*state.load())
@@ -339,7 +339,7 @@ def _belongs(key: str, index: int) -> bool:
     return key.startswith("optimizer.") and key.rpartition(".")[2] == str(index)
 
 
-def _fingerprint(model: LoadedModel, settings: SynthesisSettings) -> dict[str, Any]:
+def fingerprint(model: LoadedModel, settings: SynthesisSettings) -> dict[str, Any]:
     """What decides the images; ``StateFile`` names the entries that differ."""
     own = {_SHOWN.get(key, f"--{key}"): value for key, value in asdict(settings).items()}
     return {**own, "weights": model.weights_sha256, "image preparation": model.preprocessing.to_dict()}

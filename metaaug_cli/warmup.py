@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from metaaug_cli.augmenter import Augmenter, image_variance
 from metaaug_cli.errors import InputError, MetaAugError
-from metaaug_cli.files import write_atomically
+from metaaug_cli.files import cache_directory, write_atomically
 from metaaug_cli.reconstruct import Tick
 
 LARGEST_ERROR = 0.1
@@ -108,21 +107,6 @@ def _crops(images: Tensor, generator: torch.Generator) -> Tensor:
     part = images[:half, :, y : y + h, x : x + w]
     part = F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)
     return torch.cat([part, images[half:]])
-
-
-def cache_directory() -> Path | None:
-    """Where warm-ups are kept: ``$METAAUG_CACHE``, else ``metaaug`` in the user's cache directory.
-
-    None where the user has no home directory and names no other.
-    """
-    if chosen := os.environ.get("METAAUG_CACHE"):
-        return Path(chosen)
-    if chosen := os.environ.get("XDG_CACHE_HOME"):
-        return Path(chosen) / "metaaug"
-    try:
-        return Path.home() / ".cache" / "metaaug"
-    except RuntimeError:
-        return None
 
 
 def _cache_path(augmenter: Augmenter, images: Tensor, steps: int, seed: int) -> Path | None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from metaaug_cli.config import Recipe
     from metaaug_cli.data import CalibrationSet
     from metaaug_cli.models import LoadedModel
-    from metaaug_cli.planning import TeachingPlan
+    from metaaug_cli.planning import PlanRow, TeachingPlan
 
 
 def show_plan(
@@ -22,8 +22,9 @@ def show_plan(
     from metaaug_cli.planning import plan_run
     from metaaug_cli.prepare import copies_of, method_label, prepare_chain, require_images, schedule_of
 
-    images = len(calibration.images)
-    require_images(images, recipe)
+    require_images(len(calibration.images), recipe)
+    made = recipe.calibration.synthetic
+    images = len(calibration.images) + made
     chain = prepare_chain(loaded.module, tuple(calibration.images.shape[1:]), recipe)
     rows = plan_run(
         chain,
@@ -33,8 +34,40 @@ def show_plan(
         copies=copies_of(recipe, images) * images,
         teaching=_teaching(calibration, recipe),
     )
+    title = f"Plan: {method_label(recipe)}, {recipe.quantization.placement} placement, {images} images"
+    _show_blocks(console, title, rows)
+    augmenter = sum(r.augmenter_seconds or 0 for r in rows)
+    total = augmenter + sum(r.seconds or 0 for r in rows)
+    peak = max(r.cache_bytes for r in rows) / 2**20
+    console.result(
+        f"{len(rows)} blocks, {sum(r.parameters for r in rows):,} parameters, "
+        f"largest cache {peak:.0f} MiB, about {format_seconds(total)} of learning"
+    )
+    if augmenter:
+        m = recipe.metaaug
+        console.result(
+            f"learned augmenter: {m.form}, {m.steps} steps for each block but the first and last, about "
+            f"{format_seconds(augmenter)} of that ({augmenter / total:.0%})"
+            + (f", and {m.warmup_steps} steps of warm-up" if m.form == "unet" else "")
+        )
+    synthesis = _synthesis_seconds(loaded, recipe, device)
+    if synthesis:
+        console.result(
+            f"{made} of the images are made from the network first: about {format_seconds(synthesis)}, once"
+        )
+    console.data(
+        {
+            "blocks": [asdict(r) for r in rows],
+            "seconds": total,
+            "synthesis_seconds": synthesis,
+            "recipe": recipe.model_dump(mode="json"),
+        }
+    )
+
+
+def _show_blocks(console: Console, title: str, rows: list[PlanRow]) -> None:
     console.table(
-        f"Plan: {method_label(recipe)}, {recipe.quantization.placement} placement, {images} images",
+        title,
         ["block", "layers", "params", "W", "A", "MMAC", "cache MiB", "time"],
         [
             (
@@ -50,23 +83,16 @@ def show_plan(
             for r in rows
         ],
     )
-    augmenter = sum(r.augmenter_seconds or 0 for r in rows)
-    total = augmenter + sum(r.seconds or 0 for r in rows)
-    peak = max(r.cache_bytes for r in rows) / 2**20
-    console.result(
-        f"{len(rows)} blocks, {sum(r.parameters for r in rows):,} parameters, "
-        f"largest cache {peak:.0f} MiB, about {format_seconds(total)} of learning"
-    )
-    if augmenter:
-        m = recipe.metaaug
-        console.result(
-            f"learned augmenter: {m.form}, {m.steps} steps for each block but the first and last, about "
-            f"{format_seconds(augmenter)} of that ({augmenter / total:.0%})"
-            + (f", and {m.warmup_steps} steps of warm-up" if m.form == "unet" else "")
-        )
-    console.data(
-        {"blocks": [asdict(r) for r in rows], "seconds": total, "recipe": recipe.model_dump(mode="json")}
-    )
+
+
+def _synthesis_seconds(loaded: LoadedModel, recipe: Recipe, device: str) -> float:
+    """What making the recipe's synthetic images takes where they are not kept yet; 0 for none."""
+    from metaaug_cli.learning_images import synthesis_of
+    from metaaug_cli.pipeline import pick_device
+    from metaaug_cli.synthesis import estimate_seconds
+
+    settings = synthesis_of(recipe)
+    return 0.0 if settings is None else estimate_seconds(loaded, settings, device=pick_device(device))
 
 
 def _teaching(calibration: CalibrationSet, recipe: Recipe) -> TeachingPlan | None:

@@ -30,6 +30,14 @@ class RunProgress:
         """How much there is to do."""
         self.blocks, self.steps = blocks, max(steps_per_block, 1)
 
+    def making_images(self, done: int, total: int, text: str) -> None:
+        """One step of the images' synthesis is done."""
+        self.tick(done, total, f"making images, {text}" if text else "making images")
+
+    def made_images(self, count: int) -> None:
+        """The images from the network are there."""
+        self.console.note(f"synthetic    {count} images from the network's batch norms")
+
     def warming_up(self, done: int, total: int) -> None:
         """One step of the augmenter's warm-up is done."""
         self.tick(done, total, "warming up the augmenter")

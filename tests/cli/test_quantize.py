@@ -59,6 +59,18 @@ def flat(text):
     return " ".join(text.split())
 
 
+def test_made_images_are_learned_from_beside_the_others(digits, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(command(digits, "--synthetic", "4", out=out)) == 0
+    shown = capsys.readouterr()
+    assert "4 images from the network's batch norms" in flat(shown.err)
+    assert "on 44 calibration images" in flat(shown.out)
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["calibration"]["synthetic"] == 4
+
+    assert main(command(digits, "--synthetic", "4", "--plan", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["synthesis_seconds"] > 0
+
+
 def test_the_run_says_what_it_did_and_what_comes_next(finished):
     done, out = finished
     assert "W4A4 genie, integer placement" in flat(done.stdout)

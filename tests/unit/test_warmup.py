@@ -6,8 +6,9 @@ from networks import images
 
 from metaaug_cli.augmenter import Augmenter, AugmenterSpec, image_variance
 from metaaug_cli.errors import MetaAugError
+from metaaug_cli.files import cache_directory
 from metaaug_cli.preprocessing import Preprocessing
-from metaaug_cli.warmup import LARGEST_ERROR, cache_directory, identity_error, warm_up
+from metaaug_cli.warmup import LARGEST_ERROR, identity_error, warm_up
 
 PREPROCESSING = Preprocessing((8, 8), None, "bilinear", (0.5,) * 3, (0.5,) * 3)
 PICTURES = images(16).clamp(-1, 1)
