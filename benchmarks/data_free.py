@@ -65,11 +65,12 @@ def resnet20_keys() -> Iterator[Key]:
 
 
 def mobilenet_keys() -> Iterator[Key]:
-    """Searched scales everywhere; learning at W4A4 in integer placement only."""
+    """Searched scales everywhere, learning at W4A4 in integer placement only; seed by seed."""
     near, learned = ("nearest", 1), ("genie", 60)
-    for bits, placement in (("w8a8", "integer"), ("w4a4", "integer"), ("w8a8", "full"), ("w4a4", "full")):
-        yield from _keys([bits], [placement], [near], MAIN, num=64)
-    yield from _keys(["w4a4"], ["integer"], [learned], MAIN, num=64)
+    cells = [("w8a8", "integer", near), ("w4a4", "integer", near), ("w4a4", "integer", learned)]
+    cells += [("w8a8", "full", near), ("w4a4", "full", near)]
+    keys = [k for b, placement, method in cells for k in _keys([b], [placement], [method], MAIN, num=64)]
+    yield from sorted(keys, key=lambda key: key["seed"])
 
 
 def _keys(

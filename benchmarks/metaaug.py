@@ -33,7 +33,8 @@ _ITERATIONS = 500
 _SHORT = 200
 _SYNTHETIC = "genie, 256 synthetic images too"
 _SYNTHETIC_64 = "genie, 64 synthetic images too"
-_SYNTHETIC_COUNT = {_SYNTHETIC: 256, _SYNTHETIC_64: 64}
+_BOTH = "policy, 256 synthetic images too"
+_SYNTHETIC_COUNT = {_SYNTHETIC: 256, _BOTH: 256, _SYNTHETIC_64: 64}
 _SMALL = ["metaaug.batch_size=16", "metaaug.val_batch_size=32"]
 _POLICY = ["metaaug.form=policy", "metaaug.steps=50", "metaaug.base_width=16", *_SMALL]
 _RESIDUAL = ["metaaug.form=residual", "metaaug.steps=40", "metaaug.base_width=8", *_SMALL]
@@ -47,6 +48,7 @@ VARIANTS: dict[str, list[str]] = {
     "policy": [_LEARNED, *_POLICY],
     "policy, validation off": [_LEARNED, *_POLICY, _VALIDATION_OFF],
     _SYNTHETIC: ["augmentation.kind=none"],
+    _BOTH: [_LEARNED, *_POLICY],
     "genie, twice the iterations": ["augmentation.kind=none"],
     "policy+flip+crop": [f"{_LEARNED}+flip+crop", *_POLICY],
     "residual": [_LEARNED, *_RESIDUAL],

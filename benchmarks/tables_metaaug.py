@@ -21,6 +21,7 @@ _MAIN = (
     "policy, validation off",
     "policy+flip+crop",
     _SYNTHETIC,
+    "policy, 256 synthetic images too",
     "residual",
     "residual, validation off",
     "residual+pool",
