@@ -55,7 +55,7 @@ class LearningImages:
         return torch.cat([self.originals, made])
 
 
-def learning_images(
+def gather_images(
     model: LoadedModel,
     calibration: CalibrationSet,
     recipe: Recipe,

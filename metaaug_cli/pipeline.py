@@ -24,7 +24,7 @@ from metaaug_cli.config import Recipe
 from metaaug_cli.data import CalibrationSet
 from metaaug_cli.deploy import deploy
 from metaaug_cli.errors import MetaAugError, UsageError
-from metaaug_cli.learning_images import LearningImages, learning_images
+from metaaug_cli.learning_images import LearningImages, gather_images
 from metaaug_cli.learning_images import Progress as ImageProgress
 from metaaug_cli.memory import peak_memory_mib
 from metaaug_cli.models import LoadedModel
@@ -147,7 +147,7 @@ def quantize(
     progress.planned(len(chain.blocks), _steps_per_block(recipe))
     started = time.monotonic()
     with _out_of_memory_hint():
-        images = learning_images(model, calibration, recipe, target, progress)
+        images = gather_images(model, calibration, recipe, target, progress)
         run = _start(chain.to(target), images, recipe, target, cache_gb, directory, progress)
         histories = [run.walk(block, resumed=block.index < done) for block in chain.blocks]
         run.show()

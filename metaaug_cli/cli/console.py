@@ -208,6 +208,8 @@ class Console:
         task = live.add_task(label, total=None, text="")
 
         def callback(done: int, total: int, text: str = "") -> None:
+            if live.tasks[live.task_ids.index(task)].total not in (None, total):
+                live.reset(task)  # another kind of work: its time left is its own
             live.update(task, completed=done, total=total, text=text)
 
         try:
@@ -230,17 +232,20 @@ class _PlainProgress:
     def __init__(self, console: Console, label: str) -> None:
         self._console, self._label = console, label
         self._start = self._last = time.monotonic()
-        self._shown = 0
+        self._shown = self._total = 0
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
         now = time.monotonic()
+        if total != self._total and self._total:  # another kind of work: its time left is its own
+            self._start, self._shown = now, 0
+        self._total = total
         step = 1 if total <= _FEW_STEPS else total / _PLAIN_STEPS
         due = done - self._shown >= step or (done >= total and self._shown < total)
         if not due and now - self._last < _PLAIN_SECONDS:
             return
         self._shown, self._last = done, now
         elapsed = now - self._start
-        left = elapsed / done * (total - done) if done else None
+        left = elapsed / done * (total - done) if done and elapsed else None
         parts = [f"{self._label} {done}/{total}", format_seconds(elapsed)]
         if left is not None and done < total:
             parts.append(f"{format_seconds(left)} left")

@@ -37,6 +37,7 @@ class RunProgress:
     def made_images(self, count: int) -> None:
         """The images from the network are there."""
         self.console.note(f"synthetic    {count} images from the network's batch norms")
+        self.started = time.monotonic()
 
     def warming_up(self, done: int, total: int) -> None:
         """One step of the augmenter's warm-up is done."""
@@ -48,6 +49,7 @@ class RunProgress:
         self.console.note(
             f"augmenter    reproduces the images up to {warmup.error:.2%} of their variance, {how}"
         )
+        self.started = time.monotonic()
 
     def step(self, block: Block, done: int, total: int) -> None:
         """One optimizer step is done."""

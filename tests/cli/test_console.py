@@ -157,6 +157,20 @@ def test_plain_progress_of_slow_steps_says_it_is_alive(capsys, monkeypatch):
     assert lines[0] == "iterations 2/1000, 40 s, 5 h 32 min left"
 
 
+def test_other_work_under_the_same_label_gets_a_clock_of_its_own(capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 100))
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: float(next(clock)))
+    with Console().progress("quantizing") as tick:
+        tick(600, 600, "making images")
+        tick(1, 200, "block 1/2")  # the clock starts here
+        tick(2, 200, "block 1/2")
+    assert capsys.readouterr().err.splitlines() == [
+        "quantizing 600/600, 1 min 40 s, making images",
+        "quantizing 1/200, 0 s, block 1/2",
+        "quantizing 2/200, 1 min 40 s, 2 h 45 min left, block 1/2",
+    ]
+
+
 def test_quiet_progress_prints_nothing(capsys):
     with Console(quiet=True).progress("block") as tick:
         tick(1, 1)
@@ -229,6 +243,7 @@ console.error("it is broken", hint="repair it")
 with console.progress("block") as outer:
     outer(1, 2, "layer1")
     with console.progress("iterations") as inner:
+        inner(900, 1000)
         inner(50, 100)
         console.note("a note above the bars")
 """

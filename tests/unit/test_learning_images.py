@@ -9,7 +9,7 @@ from metaaug_cli import learning_images as module
 from metaaug_cli.config import Recipe
 from metaaug_cli.data import make_calibration_set
 from metaaug_cli.errors import InputError
-from metaaug_cli.learning_images import learning_images
+from metaaug_cli.learning_images import gather_images
 from metaaug_cli.models import LoadedModel
 from metaaug_cli.preprocessing import Preprocessing
 from metaaug_cli.synthesis import SynthesisSettings, synthesize_calibration_set
@@ -45,7 +45,7 @@ def quick(monkeypatch):
 
 def images(*settings, model=None, told=None):
     recipe = Recipe().override(settings)
-    return learning_images(model or network(batch_norm=True), REAL, recipe, CPU, told or Told()), recipe
+    return gather_images(model or network(batch_norm=True), REAL, recipe, CPU, told or Told()), recipe
 
 
 def test_every_real_image_is_learned_from_or_held_back():
