@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from metaaug_cli.models import LoadedModel
 
 _NAMED_FILES = 5
+_FEW_IMAGES, _FEW_BITS = 64, 2
 
 EPILOG = """\
 [bold]Examples[/bold]
@@ -143,6 +144,7 @@ def quantize(
     loaded = load_model(model, **{**resolved.preprocessing.load_options(), **options})
     calibration = _load_calibration(console, calib, loaded, resolved)
     _show_inputs(console, loaded, calibration)
+    _hint_at_synthetic_images(console, loaded, calibration, resolved)
     if plan:
         from metaaug_cli.cli.plan_view import show_plan
 
@@ -206,6 +208,22 @@ def _show_inputs(console: Console, loaded: LoadedModel, calibration: Calibration
         more = len(calibration.skipped) - _NAMED_FILES
         named = [*calibration.skipped[:_NAMED_FILES], *([f"and {more} more"] if more > 0 else [])]
         console.warn("\n".join([f"{len(calibration.skipped)} unreadable files skipped:", *named]))
+
+
+def _hint_at_synthetic_images(
+    console: Console, loaded: LoadedModel, calibration: CalibrationSet, recipe: Recipe
+) -> None:
+    """Few images at 2 bits are where images from the network gain most (docs/benchmarks.md)."""
+    from torch import nn
+
+    bits, images = recipe.quantization, len(calibration.images)
+    learns = recipe.reconstruction.method != "nearest"
+    remembers = isinstance(loaded.module, nn.Module) and any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) for module in loaded.module.modules()
+    )
+    few = images <= _FEW_IMAGES and min(bits.weight_bits, bits.act_bits) <= _FEW_BITS
+    if few and learns and remembers and not recipe.calibration.synthetic:
+        console.note(f"{images} are few: --synthetic 256 adds images made from the network's batch norms")
 
 
 def _require_free(console: Console, out: Path, *, resume: bool) -> None:

@@ -71,6 +71,20 @@ def test_made_images_are_learned_from_beside_the_others(digits, tmp_path, capsys
     assert json.loads(capsys.readouterr().out)["synthesis_seconds"] > 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "hinted"),
+    [
+        (["--wbits", "2"], True),
+        ([], False),
+        (["--wbits", "2", "--method", "nearest"], False),
+        (["--wbits", "2", "--synthetic", "1"], False),
+    ],
+)
+def test_few_images_at_two_bits_are_told_of_made_ones(digits, capsys, flags, hinted):
+    assert main(command(digits, *flags, "--plan")) == 0
+    assert ("40 are few: --synthetic 256" in flat(capsys.readouterr().err)) is hinted
+
+
 def test_the_run_says_what_it_did_and_what_comes_next(finished):
     done, out = finished
     assert "W4A4 genie, integer placement" in flat(done.stdout)
