@@ -139,9 +139,9 @@ def measure(subject: Subject, settings: list[str], *, num: int, seed: int) -> di
     scores = evaluation.scores
     runtime = scores["onnxruntime"]
     return {
-        "float": round(100 * scores["float"].top1, 2),
-        "simulated": round(100 * scores["simulated"].top1, 2),
-        "onnxruntime": round(100 * runtime.top1, 2),
+        "float": percent(scores["float"].top1),
+        "simulated": percent(scores["simulated"].top1),
+        "onnxruntime": percent(runtime.top1),
         "agreement_float": round(100 * runtime.agreement["float"], 2),
         "agreement_simulated": round(100 * runtime.agreement["simulated"], 2),
         "integer_nodes": integer,
@@ -152,6 +152,13 @@ def measure(subject: Subject, settings: list[str], *, num: int, seed: int) -> di
         "peak_memory_mib": result.metrics["peak_memory_mib"],
         "seconds_per_block": {name: b["seconds"] for name, b in result.metrics["blocks"].items()},
     }
+
+
+def percent(share: float | None) -> float:
+    """A share of labelled images in percent."""
+    if share is None:
+        raise ValueError("the images have no labels")
+    return round(100 * share, 2)
 
 
 def recorded(name: str) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Subject, is_recorded, mobilenet, quantized, record, resnet20
+from common import Subject, is_recorded, mobilenet, percent, quantized, record, resnet20
 from data_free import stored_set
 
 from metaaug_cli.data import join_calibration_sets, load_calibration_set, save_calibration_set
@@ -175,7 +175,7 @@ def measure(subject: Subject, key: Key) -> dict[str, Any]:
         scores = score(predict({"onnxruntime": onnx_predictor(open_session(path))}, batches)).scores
     taught = [h.augmentation for h in result.histories if h.augmentation]
     return {
-        "onnxruntime": round(100 * scores["onnxruntime"].top1, 2),
+        "onnxruntime": percent(scores["onnxruntime"].top1),
         "images": len(subject.labels),
         "seconds": round(seconds, 1),
         "meta_seconds": round(sum(a["seconds"] for a in taught), 1),

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from common import Subject, is_recorded, mobilenet, quantized, record, resnet20
 
-from metaaug_cli.export import export_onnx
+from metaaug_cli.export import ExportResult, export_onnx
 from metaaug_cli.manifest import Manifest
 from metaaug_cli.ort import count_kernels
+from metaaug_cli.packing import PackMode
 from metaaug_cli.parity import check_parity
 
-_PACKS = ("int8", "packed", "native")
+_PACKS: tuple[PackMode, ...] = ("int8", "packed", "native")
 _SUBJECTS = {"resnet20": (resnet20, "genie", 100), "mobilenet": (mobilenet, "nearest", 1)}
 _BITS = ("w8a8", "w4a4", "w2a4", "w2a2")
 
@@ -36,14 +37,13 @@ def measure(subject: Subject, bits: str, method: str, iterations: int) -> dict[s
     ]
     result = quantized(subject, settings, num=128, seed=0)
     manifest = Manifest(model=subject.name, placement="integer", method=method)
-    sizes: dict[str, int] = {}
+    exported: dict[PackMode, ExportResult] = {}
     with tempfile.TemporaryDirectory() as folder:
         for pack in _PACKS:
             path = Path(folder) / f"{pack}.onnx"
-            exported = export_onnx(
+            exported[pack] = export_onnx(
                 result.deployed, input_size=result.input_size, path=path, manifest=manifest, pack=pack
             )
-            sizes[pack] = exported.size_bytes
         path = Path(folder) / "int8.onnx"
         started = time.monotonic()
         parity = check_parity(path, result.deployed, subject.images.split(32), reference=True)
@@ -61,8 +61,8 @@ def measure(subject: Subject, bits: str, method: str, iterations: int) -> dict[s
         "verdict": parity.verdict(),
         "integer_nodes": integer,
         "nodes": total,
-        "float_bytes": exported.float_bytes,
-        "bytes": sizes,
+        "float_bytes": exported["int8"].float_bytes,
+        "bytes": {pack: file.size_bytes for pack, file in exported.items()},
         "parity_seconds": round(time.monotonic() - started, 1),
     }
 

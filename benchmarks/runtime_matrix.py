@@ -29,7 +29,7 @@ from metaaug_cli.demo import MEAN, STD, Digits, load_digits_split
 from metaaug_cli.export import export_onnx
 from metaaug_cli.files import write_atomically
 from metaaug_cli.manifest import Manifest
-from metaaug_cli.models import load_model
+from metaaug_cli.models import LoadedModel, load_model
 from metaaug_cli.pipeline import quantize
 
 RELEASES = [
@@ -80,7 +80,7 @@ def export_all(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _model():  # noqa: ANN202 - LoadedModel
+def _model() -> LoadedModel:
     assets = ROOT / "metaaug_cli" / "assets"
     weights = assets / "digits_cnn.safetensors"
     return load_model(

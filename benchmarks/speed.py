@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -61,9 +62,9 @@ def measure(name: str, schedule: Schedule) -> list[dict[str, object]]:
     for block in blocks_of(name):
         inputs = inputs_of(block)
         search_activation_scales(block, inputs)
-        step = seconds(lambda b=block, x=inputs: training_step_runs(b, x, schedule))
+        step = seconds(partial(training_step_runs, block, inputs, schedule))
         with torch.no_grad():
-            forward = seconds(lambda b=block, x=inputs: b.float_block(*x))
+            forward = seconds(partial(block.float_block, *inputs))
         lines.append(
             {
                 "model": name,

@@ -28,8 +28,8 @@ _MAIN = (
 )
 
 
-def _by_set(variant: str, model: str = "resnet20", **wanted: object) -> dict[int, Record]:
-    found = [r for r in records("metaaug") if r["variant"] == variant and r["model"] == model]
+def _by_set(variant: str, **wanted: object) -> dict[int, Record]:
+    found = [r for r in records("metaaug") if r["variant"] == variant and r["model"] == "resnet20"]
     return {r["seed"]: r for r in found if all(r[k] == v for k, v in wanted.items())}
 
 
