@@ -144,7 +144,7 @@ def quantize(
     loaded = load_model(model, **{**resolved.preprocessing.load_options(), **options})
     calibration = _load_calibration(console, calib, loaded, resolved)
     _show_inputs(console, loaded, calibration)
-    _hint_at_synthetic_images(console, loaded, calibration, resolved)
+    _hint_at_augmentation(console, loaded, calibration, resolved)
     if plan:
         from metaaug_cli.cli.plan_view import show_plan
 
@@ -210,19 +210,27 @@ def _show_inputs(console: Console, loaded: LoadedModel, calibration: Calibration
         console.warn("\n".join([f"{len(calibration.skipped)} unreadable files skipped:", *named]))
 
 
-def _hint_at_synthetic_images(
+def _hint_at_augmentation(
     console: Console, loaded: LoadedModel, calibration: CalibrationSet, recipe: Recipe
 ) -> None:
-    """Few images at 2 bits are where images from the network gain most (docs/benchmarks.md)."""
+    """What docs/benchmarks.md says of few images and of many, where the user has not chosen otherwise."""
     from torch import nn
 
+    from metaaug_cli.prepare import learns_augmenter
+
     bits, images = recipe.quantization, len(calibration.images)
+    few = images <= _FEW_IMAGES
+    if not few and recipe.augmentation.kind == "auto" and learns_augmenter(recipe):
+        console.note(
+            f"MetaAug runs by default at 2 bits; with more than {_FEW_IMAGES} images it gained nothing where "
+            "it was measured, and --augment none is faster"
+        )
     learns = recipe.reconstruction.method != "nearest"
     remembers = isinstance(loaded.module, nn.Module) and any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) for module in loaded.module.modules()
     )
-    few = images <= _FEW_IMAGES and min(bits.weight_bits, bits.act_bits) <= _FEW_BITS
-    if few and learns and remembers and not recipe.calibration.synthetic:
+    low = min(bits.weight_bits, bits.act_bits) <= _FEW_BITS
+    if few and low and learns and remembers and not recipe.calibration.synthetic:
         console.note(f"{images} are few: --synthetic 256 adds images made from the network's batch norms")
 
 

@@ -85,6 +85,18 @@ def test_few_images_at_two_bits_are_told_of_made_ones(digits, capsys, flags, hin
     assert ("40 are few: --synthetic 256" in flat(capsys.readouterr().err)) is hinted
 
 
+@pytest.mark.parametrize(
+    ("flags", "hinted"),
+    [([], False), (["--wbits", "2"], True), (["--wbits", "2", "--augment", "none"], False)],
+)
+def test_many_images_at_two_bits_are_told_what_the_default_costs(digits, capsys, monkeypatch, flags, hinted):
+    monkeypatch.setattr("metaaug_cli.cli.quantize._FEW_IMAGES", 30)
+    assert main(command(digits, *flags, "--plan")) == 0
+    shown = flat(capsys.readouterr().err)
+    assert ("MetaAug runs by default at 2 bits; with more than 30 images" in shown) is hinted
+    assert "are few" not in shown
+
+
 def test_the_run_says_what_it_did_and_what_comes_next(finished):
     done, out = finished
     assert "W4A4 genie, integer placement" in flat(done.stdout)
