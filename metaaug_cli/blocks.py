@@ -16,6 +16,8 @@ from metaaug_cli.placement import Placement
 from metaaug_cli.quantizers import ActivationQuantizer, WeightQuantizer, learned_scale
 from metaaug_cli.stages import Stage, cut_stages
 
+_SPARE_BITS = 8
+
 
 @dataclass(frozen=True)
 class Block:
@@ -230,6 +232,13 @@ def search_activation_scales(block: Block, inputs: tuple[Tensor, ...]) -> None:
     """Set every activation scale of the block, in execution order, on one batch of inputs (N, …)."""
     if block.activations:
         _ScaleSearch(block.quantized_block).run(*inputs)
+
+
+def widen_output_grids(chain: Chain, headroom: float) -> None:
+    """Give the logits room for greater values than the images at hand cause; 8 bits can spare the steps."""
+    for quantizer in chain.activations.values():
+        if not quantizer.clip and quantizer.bits == _SPARE_BITS:
+            quantizer.headroom = headroom
 
 
 def absorbed_activation(node: fx.Node) -> bool:

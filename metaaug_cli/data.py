@@ -48,6 +48,7 @@ __all__ = [
 METADATA_KEY = "metaaug"
 _FORMAT = "calibration-set"
 _VERSION = 1
+SYNTHETIC_ORIGIN = "data-free from"
 _CHUNK = 64
 
 
@@ -74,6 +75,11 @@ class CalibrationSet:
     origin: str
     duplicates: tuple[str, ...] = ()
     outliers: tuple[str, ...] = ()
+
+    @property
+    def holds_synthetic(self) -> bool:
+        """Whether some of the images were made from a network."""
+        return SYNTHETIC_ORIGIN in self.origin
 
 
 def build_calibration_set(

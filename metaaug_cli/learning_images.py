@@ -38,11 +38,13 @@ class LearningImages:
         originals: (N, C, H, W) real images that are learned from, then those made from the network.
         held_back: (M, C, H, W) real images that nothing is learned from.
         preprocessing: Of all of them.
+        holds_synthetic: Whether some of the originals were made from a network.
     """
 
     originals: Tensor
     held_back: Tensor
     preprocessing: Preprocessing
+    holds_synthetic: bool
 
     def with_copies(self, recipe: Recipe) -> Tensor:
         """The originals, followed by the recipe's fixed copies of them where no augmenter is learned."""
@@ -78,7 +80,8 @@ def gather_images(
             ) from error
         progress.made_images(settings.num)
         images = torch.cat([images, made.images])
-    return LearningImages(images, held_back, calibration.preprocessing)
+    holds_synthetic = calibration.holds_synthetic or settings is not None
+    return LearningImages(images, held_back, calibration.preprocessing, holds_synthetic)
 
 
 def synthesis_of(recipe: Recipe) -> SynthesisSettings | None:

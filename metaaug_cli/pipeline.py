@@ -17,7 +17,7 @@ from metaaug_cli.artifacts import Fingerprint, RunDirectory, RunInfo, hash_graph
 from metaaug_cli.augment_kinds import learned_part
 from metaaug_cli.augmentation import LearnedAugmentation
 from metaaug_cli.augmentation_files import AugmentationFiles
-from metaaug_cli.blocks import Block, Chain, search_activation_scales
+from metaaug_cli.blocks import Block, Chain, search_activation_scales, widen_output_grids
 from metaaug_cli.cache import BlockData, default_budget
 from metaaug_cli.capture import export_program
 from metaaug_cli.config import Recipe
@@ -45,6 +45,8 @@ from metaaug_cli.warmup import WarmUp
 
 _logger = logging.getLogger(__name__)
 _SCALE_SEARCH_IMAGES = 64
+# MobileNet-V1's images from batch norms reach 0.54 of the greatest logit that real images cause.
+_SYNTHETIC_HEADROOM = 2.0
 _AGREEMENT_IMAGES, _AGREEMENT_BATCH = 128, 32
 
 
@@ -148,6 +150,8 @@ def quantize(
     started = time.monotonic()
     with _out_of_memory_hint():
         images = gather_images(model, calibration, recipe, target, progress)
+        if images.holds_synthetic:
+            widen_output_grids(chain, _SYNTHETIC_HEADROOM)
         run = _start(chain.to(target), images, recipe, target, cache_gb, directory, progress)
         histories = [run.walk(block, resumed=block.index < done) for block in chain.blocks]
         run.show()

@@ -136,6 +136,8 @@ class ActivationQuantizer(nn.Module):
         norm: Exponent of the scale search.
         clip: Whether the search may clip; False for logits, whose greatest values are what counts.
         power_of_two: Restrict the scale to powers of two.
+
+    ``headroom`` widens the range that ``search`` finds, for images that understate it.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("base_scale", torch.tensor(1.0))
         self.relative_scale = nn.Parameter(torch.tensor(1.0))
         self.register_buffer("zero_point", torch.tensor(0.0))
+        self.headroom = 1.0
         self.quant_prob = 1.0
         self.generator: torch.Generator | None = None
         self.twice_differentiable = False
@@ -170,7 +173,7 @@ class ActivationQuantizer(nn.Module):
     def search(self, x: Tensor) -> None:
         """Set scale and zero point from the values ``x`` (any shape); large tensors are sampled evenly."""
         flat = x.detach().flatten()
-        full_range = torch.stack([flat.amin(), flat.amax()])[None]
+        full_range = torch.stack([flat.amin(), flat.amax()])[None] * self.headroom
         sample = _spread_sample(flat, _SEARCH_SAMPLE)[None]
         scale, zero_point = search_scale(
             sample,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metaaug_cli.bn_statistics import BatchNormProbe, Moments, Observation, batch_norm_probe
-from metaaug_cli.data import CalibrationSet, make_calibration_set
+from metaaug_cli.data import SYNTHETIC_ORIGIN, CalibrationSet, make_calibration_set
 from metaaug_cli.errors import GraphError, UsageError
 from metaaug_cli.models import LoadedModel
 from metaaug_cli.synthesis_state import StateFile, require_absent
@@ -135,7 +135,7 @@ def synthesize_calibration_set(
         if state is not None:
             state.save(*synthesis.state())  # an unwritable place shows now, and every stop can resume
     synthesis.run(state, tick, history)
-    origin = f"data-free from {model.name}, seed {settings.seed}"
+    origin = f"{SYNTHETIC_ORIGIN} {model.name}, seed {settings.seed}"
     sources = [f"synthetic-{i:05d}" for i in range(settings.num)]
     return make_calibration_set(synthesis.images(), model.preprocessing, sources, origin=origin)
 

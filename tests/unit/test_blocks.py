@@ -6,7 +6,13 @@ from networks import FAMILIES, SIZE, family, images, placed, trained
 from torch import nn
 from torch.nn import functional as F
 
-from metaaug_cli.blocks import absorbed_activation, build_chain, quantizer_calls, search_activation_scales
+from metaaug_cli.blocks import (
+    absorbed_activation,
+    build_chain,
+    quantizer_calls,
+    search_activation_scales,
+    widen_output_grids,
+)
 from metaaug_cli.capture import capture
 from metaaug_cli.placement import Bits
 from metaaug_cli.quantizers import ActivationQuantizer
@@ -112,6 +118,24 @@ def test_scales_are_searched_on_the_values_that_reach_them():
     untouched = [q for b in chain.blocks[1:] for q in b.activations.values()]
     assert untouched
     assert {float(q.scale.detach()) for q in untouched} == {1.0}
+
+
+@pytest.mark.parametrize(("bits", "factor"), [(8, 2.0), (4, 1.0)])
+def test_only_logits_of_eight_bits_get_headroom(bits, factor):
+    module, x = family("residual"), images(16)
+    widths = Bits(weight=4, act=4, other_act=bits)
+    plain = calibrated(module, x, bits=widths)
+    wide = build_chain(module, placed(module, bits=widths))
+    widen_output_grids(wide, 2.0)
+    values = (x,)
+    for block in wide.blocks:
+        search_activation_scales(block, values)
+        values = tuple(v.detach() for v in block.quantized_block(*values))
+    ratios: dict[bool, set[float]] = {True: set(), False: set()}
+    for anchor, grid in wide.placement.activations.items():
+        ratio = wide.activations[anchor].scale / plain.activations[anchor].scale
+        ratios[grid.is_output].add(round(float(ratio.detach()), 4))
+    assert ratios == {False: {1.0}, True: {factor}}
 
 
 def test_at_eight_bits_the_quantized_chain_is_close_to_the_network():

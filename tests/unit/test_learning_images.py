@@ -7,7 +7,7 @@ from torch import nn
 
 from metaaug_cli import learning_images as module
 from metaaug_cli.config import Recipe
-from metaaug_cli.data import make_calibration_set
+from metaaug_cli.data import join_calibration_sets, make_calibration_set
 from metaaug_cli.errors import InputError
 from metaaug_cli.learning_images import gather_images
 from metaaug_cli.models import LoadedModel
@@ -65,6 +65,15 @@ def test_made_images_come_after_the_real_ones_and_are_never_held_back(quick):
     assert found.originals[4:].equal(made.images)
     assert told.steps[-1] == (3, 3)
     assert told.count == 3
+
+
+def test_made_images_are_known_as_such_wherever_they_come_from(quick):
+    assert not images()[0].holds_synthetic
+    assert images("calibration.synthetic=2")[0].holds_synthetic
+    made = synthesize_calibration_set(network(batch_norm=True), SynthesisSettings(num=2, iterations=3))
+    for stored in (made, join_calibration_sets(REAL, made)):
+        gathered = gather_images(network(batch_norm=True), stored, Recipe(), CPU, Told())
+        assert gathered.holds_synthetic
 
 
 def test_copies_are_made_of_all_of_them(quick):
