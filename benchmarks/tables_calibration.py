@@ -7,11 +7,13 @@ from collections import defaultdict
 
 from tables_common import Record, markdown, records, spread
 
+_KINDS = ("real", "dgh", "noise")
+
 
 def data_free(model: str) -> str:
     """Real, synthetic and noise images side by side, and the ideas one by one."""
     found = [r for r in records("data_free") if r["model"] == model]
-    kinds = list(dict.fromkeys(r["images_from"] for r in found))
+    kinds = list(dict.fromkeys([*_KINDS, *(r["images_from"] for r in found)]))
     rows = []
     groups: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for r in found:
