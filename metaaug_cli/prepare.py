@@ -107,8 +107,12 @@ def augmentation_kind(recipe: Recipe) -> str:
         return NONE
     if kind != AUTO:
         return kind
-    q = recipe.quantization
-    return LEARNED if min(q.weight_bits, q.act_bits) <= _FEW_BITS else NONE
+    return LEARNED if has_few_bits(recipe) else NONE
+
+
+def has_few_bits(recipe: Recipe) -> bool:
+    """Whether weights or activations have so few bits that blocks overfit small sets."""
+    return min(recipe.quantization.weight_bits, recipe.quantization.act_bits) <= _FEW_BITS
 
 
 def method_label(recipe: Recipe) -> str:

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from metaaug_cli.models import LoadedModel
 
 _NAMED_FILES = 5
-_FEW_IMAGES, _FEW_BITS = 64, 2
+_FEW_IMAGES = 64
 
 EPILOG = """\
 [bold]Examples[/bold]
@@ -216,9 +216,9 @@ def _hint_at_augmentation(
     """What docs/benchmarks.md says of few images and of many, where the user has not chosen otherwise."""
     from torch import nn
 
-    from metaaug_cli.prepare import learns_augmenter
+    from metaaug_cli.prepare import has_few_bits, learns_augmenter
 
-    bits, images = recipe.quantization, len(calibration.images)
+    images = len(calibration.images)
     few = images <= _FEW_IMAGES
     if not few and recipe.augmentation.kind == "auto" and learns_augmenter(recipe):
         console.note(
@@ -229,8 +229,7 @@ def _hint_at_augmentation(
     remembers = isinstance(loaded.module, nn.Module) and any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) for module in loaded.module.modules()
     )
-    low = min(bits.weight_bits, bits.act_bits) <= _FEW_BITS
-    if few and low and learns and remembers and not recipe.calibration.synthetic:
+    if few and has_few_bits(recipe) and learns and remembers and not recipe.calibration.synthetic:
         console.note(f"{images} are few: --synthetic 256 adds images made from the network's batch norms")
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from interruptions import interrupt_synthesis
 from PIL import Image
 
 from metaaug_cli.cli.app import main
@@ -97,20 +98,8 @@ def test_real_images_that_do_not_fit_are_refused_before_any_work(tmp_path, capsy
 def test_ctrl_c_says_how_to_continue(tmp_path, capsys, monkeypatch):
     assert calibrate(*FAST, "--num", "6", "-q") == 0
     wanted = load_calibration_set(tmp_path / "s.safetensors").sha256
-
-    from metaaug_cli.synthesis import _Synthesis
-    from metaaug_cli.synthesis_state import StateFile
-
-    take_step = _Synthesis.take_step
-
-    def interrupted(self):
-        if self.step == 4:
-            raise KeyboardInterrupt
-        take_step(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(_Synthesis, "take_step", interrupted)
-        patch.setattr(StateFile, "save_if_due", StateFile.save)
+        interrupt_synthesis(patch, at=4)
         assert calibrate(*FAST, "--num", "6") == 130
     assert "--resume" in capsys.readouterr().err
     assert calibrate(*FAST, "--num", "6") == 2

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from interruptions import interrupt_synthesis
 from networks import SIZE, conv_bn, trained
 from torch import nn
 
@@ -10,9 +11,8 @@ from metaaug_cli.capture import export_program
 from metaaug_cli.errors import InputError
 from metaaug_cli.models import LoadedModel
 from metaaug_cli.preprocessing import Preprocessing
-from metaaug_cli.synthesis import SynthesisSettings, _Synthesis, synthesize_calibration_set
+from metaaug_cli.synthesis import SynthesisSettings, synthesize_calibration_set
 from metaaug_cli.synthesis_cache import cached_synthetic_set
-from metaaug_cli.synthesis_state import StateFile
 
 PREPROCESSING = Preprocessing(SIZE[1:], None, "bilinear", (0.5,) * 3, (0.25,) * 3)
 SETTINGS = SynthesisSettings(num=3, batch_size=2, iterations=3)
@@ -63,16 +63,8 @@ def test_another_network_seed_or_count_gets_images_of_its_own(model, program, ca
 
 def test_an_interrupted_synthesis_goes_on(model, cache, monkeypatch):
     wanted = synthesize_calibration_set(model, SETTINGS)
-    take_step = _Synthesis.take_step
-
-    def interrupted(self):
-        if self.step == 4:
-            raise KeyboardInterrupt
-        take_step(self)
-
     with monkeypatch.context() as patch:
-        patch.setattr(_Synthesis, "take_step", interrupted)
-        patch.setattr(StateFile, "save_if_due", StateFile.save)
+        interrupt_synthesis(patch, at=4)
         with pytest.raises(KeyboardInterrupt):
             made(model)
     stored, steps = made(model)
