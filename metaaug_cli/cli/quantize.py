@@ -229,7 +229,8 @@ def _hint_at_augmentation(
     remembers = isinstance(loaded.module, nn.Module) and any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) for module in loaded.module.modules()
     )
-    if few and has_few_bits(recipe) and learns and remembers and not recipe.calibration.synthetic:
+    made = calibration.holds_synthetic or recipe.calibration.synthetic
+    if few and has_few_bits(recipe) and learns and remembers and not made:
         console.note(f"{images} are few: --synthetic 256 adds images made from the network's batch norms")
 
 

@@ -80,6 +80,12 @@ def test_real_images_come_first_and_made_ones_beside_them(tmp_path, capsys):
     assert stored.images[:3].equal(real.images)
     assert len(list((tmp_path / "sheet").iterdir())) == 4
 
+    low = ["quantize", "net.py:build", *PREPARED, "--wbits", "2", "--plan"]
+    assert main([*low, "--calib", "s.safetensors"]) == 0
+    assert "are few" not in capsys.readouterr().err
+    assert main([*low, "--calib", "few"]) == 0
+    assert "3 are few" in capsys.readouterr().err
+
     assert calibrate(*FAST, "--num", "4", "-q") == 0
     alone = load_calibration_set(tmp_path / "s.safetensors")
     assert stored.images[3:].equal(alone.images)
