@@ -100,8 +100,9 @@ def images() -> list[Key]:
 
 
 def ablation() -> list[Key]:
-    """One change at a time, two calibration sets: weights, preservation, epsilon, inner steps."""
-    return [_key(variant, seed=seed) for variant in ABLATION for seed in range(2)]
+    """One change at a time, set by set: weights, preservation, epsilon, inner steps, fixed kinds."""
+    reference = ["residual", "policy, validation off", *ABLATION]
+    return [_key(variant, seed=seed, iterations=_SHORT) for seed in _SETS[:3] for variant in reference]
 
 
 def mobilenet_keys() -> list[Key]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from metaaug_cli.capture import capture_unfolded
 from metaaug_cli.errors import InputError
 from metaaug_cli.graph_tools import attribute
-from metaaug_cli.normalize import BATCH_NORMS
+from metaaug_cli.normalize import BATCH_NORMS, batch_norm_epsilon
 from metaaug_cli.ops import CONVOLUTIONS, PASSTHROUGH, WEIGHTED
 
 aten = torch.ops.aten
@@ -42,11 +42,13 @@ class BatchNormLayer:
         name: Path of its module in the user's network, e.g. ``layer1.0.bn1``.
         mean: (C,) running mean.
         variance: (C,) running variance.
+        epsilon: What it adds to the variance before it divides by the root.
     """
 
     name: str
     mean: Tensor
     variance: Tensor
+    epsilon: float
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ class BatchNormProbe:
     def to(self, device: torch.device) -> BatchNormProbe:
         """Move the network and the stored statistics."""
         self.module.to(device)
-        self.layers = [BatchNormLayer(n.name, n.mean.to(device), n.variance.to(device)) for n in self.layers]
+        self.layers = [
+            replace(n, mean=n.mean.to(device), variance=n.variance.to(device)) for n in self.layers
+        ]
         if self.classifier_weight is not None:
             self.classifier_weight = self.classifier_weight.to(device)
         return self
@@ -156,7 +160,8 @@ def _layers(module: fx.GraphModule, nodes: list[fx.Node]) -> list[BatchNormLayer
         name = str(mean.target).rpartition(".")[0] or str(mean.target)
         count = seen[name] = seen.get(name, 0) + 1
         unique = name if count == 1 else f"{name}_use{count}"
-        layers.append(BatchNormLayer(unique, attribute(module, mean), attribute(module, variance)))
+        stored = attribute(module, mean), attribute(module, variance)
+        layers.append(BatchNormLayer(unique, *stored, batch_norm_epsilon(node)))
     return layers
 
 

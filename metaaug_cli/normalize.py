@@ -266,16 +266,12 @@ def _fold_batch_norms(module: fx.GraphModule) -> None:
         if node.target not in BATCH_NORMS:
             continue
         x, gamma, beta, mean, variance = node.args[:5]
-        eps = (
-            node.args[-1]
-            if node.target == aten._native_batch_norm_legit_no_training.default
-            else node.args[7]
-        )
         mean_value = attribute(module, mean)
         ones, zeros = torch.ones_like(mean_value), torch.zeros_like(mean_value)
         gamma_value = ones if gamma is None else attribute(module, gamma)
         beta_value = zeros if beta is None else attribute(module, beta)
-        factor = gamma_value.double() / (attribute(module, variance).double() + eps).sqrt()
+        variance_value = attribute(module, variance).double() + batch_norm_epsilon(node)
+        factor = gamma_value.double() / variance_value.sqrt()
         shift = beta_value.double() - mean_value.double() * factor
         producer = x
         result = node if isinstance(node.meta["val"], Tensor) else next(iter(node.users))
@@ -287,6 +283,12 @@ def _fold_batch_norms(module: fx.GraphModule) -> None:
             _swap(result, _depthwise(module, node, name, factor, shift))
         if result is not node:
             module.graph.erase_node(node)
+
+
+def batch_norm_epsilon(node: fx.Node) -> float:
+    """What a batch norm adds to the variance before it takes the root."""
+    last = node.target == aten._native_batch_norm_legit_no_training.default
+    return float(node.args[-1] if last else node.args[7])  # type: ignore[arg-type]
 
 
 def _can_fold(producer: fx.Node, norm: fx.Node) -> bool:

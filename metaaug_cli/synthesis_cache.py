@@ -18,7 +18,6 @@ from metaaug_cli.models import LoadedModel
 from metaaug_cli.synthesis import SynthesisSettings, Tick, fingerprint, synthesize_calibration_set
 from metaaug_cli.synthesis_state import StateFile
 
-_VERSION = 1  # raise when the synthesis changes: sets made before are then not used
 _logger = logging.getLogger(__name__)
 
 
@@ -70,7 +69,7 @@ def _path(model: LoadedModel, settings: SynthesisSettings, device: torch.device)
         return None
     if not os.access(folder, os.W_OK | os.X_OK):
         return None
-    key = [_VERSION, fingerprint(model, settings), device.type, torch.__version__]
+    key = [fingerprint(model, settings), device.type, torch.__version__]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return folder / f"{name}.safetensors"
 

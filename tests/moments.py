@@ -20,5 +20,6 @@ def set_moments(probe: BatchNormProbe, images: Tensor, batch_size: int = 64) -> 
 
 
 def moment_distance(moments: Moments, layer: BatchNormLayer) -> Tensor:
-    """Squared L2 distance of mean and standard deviation to the stored ones; ()."""
-    return ((moments.mean - layer.mean) ** 2).sum() + ((moments.std - layer.variance**0.5) ** 2).sum()
+    """Squared distance of mean and standard deviation to the stored ones in the batch norm's unit; ()."""
+    gaps = (moments.mean - layer.mean) ** 2 + (moments.std - layer.variance**0.5) ** 2
+    return (gaps / (layer.variance + layer.epsilon)).mean()

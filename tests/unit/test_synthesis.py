@@ -1,5 +1,6 @@
 """Images made from batch norms: they come closer to the stored statistics, each idea does what it says."""
 
+import copy
 import functools
 import math
 
@@ -20,6 +21,7 @@ from metaaug_cli.synthesis import (
     STRETCH_WEIGHT,
     SynthesisHistory,
     SynthesisSettings,
+    _joined,
     _Loss,
     _Synthesis,
     estimate_seconds,
@@ -128,6 +130,22 @@ def test_whole_set_statistics_are_those_of_all_batches():
     torch.testing.assert_close(total[1], torch.cat([m.second for m in joined]))
     wanted = sum(moment_distance(m, n) for m, n in zip(joined, synthesis.probe.layers, strict=True))
     torch.testing.assert_close(synthesis.loss.match(total), wanted / len(joined))
+
+
+def test_no_layer_counts_for_the_size_of_its_values():
+    of, (network, _) = model(), traced()
+    larger = copy.deepcopy(network)
+    conv, norm = larger.first[0], larger.first[1]
+    with torch.no_grad():  # the same function: a hundredfold convolution before a batch norm that expects it
+        for tensor in (conv.weight, norm.running_mean):
+            tensor.mul_(100)
+        norm.running_var.mul_(100**2)
+        norm.eps *= 100**2
+    x = torch.randn(4, *SIZE)
+    torch.testing.assert_close(larger(x), network(x))
+    probes = [batch_norm_probe(n, SIZE) for n in (of.module, larger)]
+    losses = [_Loss(probe, "off").match(_joined(probe(x))) for probe in probes]
+    torch.testing.assert_close(*losses)
 
 
 def test_a_step_changes_one_batch_only():
