@@ -15,19 +15,19 @@ import torch
 from common import record
 from torch import nn
 
-from metaaug_cli.config import Recipe
-from metaaug_cli.data import CalibrationSet
+from metaaug_cli.calibration.data import CalibrationSet
+from metaaug_cli.deployment.export import export_onnx
+from metaaug_cli.deployment.manifest import Manifest
+from metaaug_cli.deployment.ort import count_kernels, open_session
+from metaaug_cli.deployment.simulation import IntegerSimulation
 from metaaug_cli.errors import MetaAugError
-from metaaug_cli.evaluation import onnx_predictor
-from metaaug_cli.export import export_onnx
-from metaaug_cli.manifest import Manifest
-from metaaug_cli.models import load_model
-from metaaug_cli.ort import count_kernels, open_session
-from metaaug_cli.parity import check_parity
+from metaaug_cli.networks.models import load_model
 from metaaug_cli.pipeline import quantize
 from metaaug_cli.planning import plan_run
 from metaaug_cli.prepare import prepare_chain, schedule_of
-from metaaug_cli.simulation import IntegerSimulation
+from metaaug_cli.recipe.config import Recipe
+from metaaug_cli.verification.evaluation import onnx_predictor
+from metaaug_cli.verification.parity import check_parity
 
 NAMES = [
     "resnet18",

@@ -18,11 +18,11 @@ from common import MOBILENET, RESNET20, SHARED, is_recorded, record
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from metaaug_cli.bn_statistics import BatchNormProbe, batch_norm_probe
-from metaaug_cli.calibration_check import check_calibration_set
-from metaaug_cli.data import CalibrationSet, load_calibration_set, make_calibration_set
-from metaaug_cli.models import LoadedModel
-from metaaug_cli.preprocessing import Preprocessing
+from metaaug_cli.calibration.check import check_calibration_set
+from metaaug_cli.calibration.data import CalibrationSet, load_calibration_set, make_calibration_set
+from metaaug_cli.graph.bn_statistics import BatchNormProbe, batch_norm_probe
+from metaaug_cli.networks.models import LoadedModel
+from metaaug_cli.networks.preprocessing import Preprocessing
 
 NAME = "calibration_check"
 _MANY, _FEW_SEEDS = 1024, 2

@@ -19,16 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaaug_cli.config import Recipe
-from metaaug_cli.data import check_class_count, iter_labelled_batches, load_calibration_set, scan_folder
-from metaaug_cli.evaluation import onnx_predictor, predict, score, torch_predictor
-from metaaug_cli.export import export_onnx
-from metaaug_cli.manifest import Manifest
+from metaaug_cli.calibration.data import (
+    check_class_count,
+    iter_labelled_batches,
+    load_calibration_set,
+    scan_folder,
+)
+from metaaug_cli.deployment.export import export_onnx
+from metaaug_cli.deployment.manifest import Manifest
+from metaaug_cli.deployment.ort import count_kernels, open_session
+from metaaug_cli.deployment.simulation import IntegerSimulation
 from metaaug_cli.memory import keep_freed_memory
-from metaaug_cli.models import LoadedModel, load_model
-from metaaug_cli.ort import count_kernels, open_session
+from metaaug_cli.networks.models import LoadedModel, load_model
 from metaaug_cli.pipeline import QuantizedModel, quantize
-from metaaug_cli.simulation import IntegerSimulation
+from metaaug_cli.recipe.config import Recipe
+from metaaug_cli.verification.evaluation import onnx_predictor, predict, score, torch_predictor
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("METAAUG_SHARED", ROOT.parent / "shared"))
@@ -107,20 +112,24 @@ def mobilenet() -> Subject:
     return MOBILENET.subject()
 
 
-def quantized(subject: Subject, settings: Iterable[str], *, num: int, seed: int) -> QuantizedModel:
-    """Quantize with recipe settings written ``section.key=value``."""
+def quantized(
+    subject: Subject, settings: Iterable[str], *, num: int, seed: int, base: Recipe | None = None
+) -> QuantizedModel:
+    """Quantize with recipe settings written ``section.key=value``, on top of the defaults or of ``base``."""
     keep_freed_memory()
-    recipe = Recipe().override([f"seed={seed}", f"calibration.num={num}", *settings])
+    recipe = (base or Recipe()).override([f"seed={seed}", f"calibration.num={num}", *settings])
     calibration = load_calibration_set(
         subject.calib, preprocessing=subject.model.preprocessing, num=num, seed=seed
     )
     return quantize(subject.model, calibration, recipe=recipe)
 
 
-def measure(subject: Subject, settings: list[str], *, num: int, seed: int) -> dict[str, Any]:
+def measure(
+    subject: Subject, settings: list[str], *, num: int, seed: int, base: Recipe | None = None
+) -> dict[str, Any]:
     """Quantize, export, and evaluate float, simulation and ONNX Runtime on the same images."""
     started = time.monotonic()
-    result = quantized(subject, settings, num=num, seed=seed)
+    result = quantized(subject, settings, num=num, seed=seed, base=base)
     seconds = time.monotonic() - started
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -184,7 +193,7 @@ def is_recorded(name: str, key: dict[str, Any]) -> bool:
 
 def machine() -> str:
     """Processor, threads and torch version, in a few words."""
-    from metaaug_cli.environment import environment
+    from metaaug_cli.runs.environment import environment
 
     found = environment()
     return f"{found['processor']}, {found['threads']} threads, torch {torch.__version__}, {platform.system()}"

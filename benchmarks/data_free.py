@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from common import MOBILENET, RESNET20, RESULTS, Subject, is_recorded, measure, mobilenet, record, resnet20
 
-from metaaug_cli.data import CalibrationSet, make_calibration_set, save_calibration_set
+from metaaug_cli.calibration.data import CalibrationSet, make_calibration_set, save_calibration_set
 from metaaug_cli.memory import keep_freed_memory, peak_memory_mib
-from metaaug_cli.preprocessing import Preprocessing
-from metaaug_cli.synthesis import SynthesisHistory, SynthesisSettings, synthesize_calibration_set
+from metaaug_cli.networks.preprocessing import Preprocessing
+from metaaug_cli.synthesis.dgh import SynthesisHistory, SynthesisSettings, synthesize_calibration_set
 
 NAME = "data_free"
 SETS = RESULTS / "sets"

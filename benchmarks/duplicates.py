@@ -16,7 +16,7 @@ from common import SHARED, is_recorded, record
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from metaaug_cli.duplicates import DuplicateFinder
+from metaaug_cli.calibration.duplicates import DuplicateFinder
 
 NAME = "duplicates"
 COUNT = 300

@@ -12,11 +12,11 @@ import torch
 from common import RESULTS, record
 from torch import nn
 
-from metaaug_cli.config import Recipe
-from metaaug_cli.data import CalibrationSet
-from metaaug_cli.latency import FLOAT, ROUNDS, Latency, measure_forms
-from metaaug_cli.models import load_model
+from metaaug_cli.calibration.data import CalibrationSet
+from metaaug_cli.deployment.latency import FLOAT, ROUNDS, Latency, measure_forms
+from metaaug_cli.networks.models import load_model
 from metaaug_cli.pipeline import quantize
+from metaaug_cli.recipe.config import Recipe
 
 BITS = ((8, 8), (4, 4))
 IMAGES = 8

@@ -19,14 +19,14 @@ import torch
 from common import RESULTS, Subject, machine, mobilenet, resnet20
 from torch import Tensor
 
-from metaaug_cli.bilevel import BiLevel, MetaSchedule, Outer, inner_mode
-from metaaug_cli.blocks import Block, search_activation_scales
-from metaaug_cli.config import Recipe
-from metaaug_cli.data import load_calibration_set
+from metaaug_cli.augmentation.bilevel import BiLevel, MetaSchedule, Outer, inner_mode
+from metaaug_cli.augmentation.passes import Passes
+from metaaug_cli.calibration.data import load_calibration_set
 from metaaug_cli.memory import keep_freed_memory, peak_memory_mib
-from metaaug_cli.passes import Passes
 from metaaug_cli.prepare import prepare_chain, schedule_of
-from metaaug_cli.reconstruct import Schedule
+from metaaug_cli.quantization.blocks import Block, search_activation_scales
+from metaaug_cli.quantization.reconstruct import Schedule
+from metaaug_cli.recipe.config import Recipe
 
 _ROUNDS = 5
 _SCHEDULE = MetaSchedule(inner="preconditioned")

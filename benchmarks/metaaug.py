@@ -21,11 +21,11 @@ import torch
 from common import Subject, is_recorded, mobilenet, percent, quantized, record, resnet20
 from data_free import stored_set
 
-from metaaug_cli.data import join_calibration_sets, load_calibration_set, save_calibration_set
-from metaaug_cli.evaluation import onnx_predictor, predict, score
-from metaaug_cli.export import export_onnx
-from metaaug_cli.manifest import Manifest
-from metaaug_cli.ort import open_session
+from metaaug_cli.calibration.data import join_calibration_sets, load_calibration_set, save_calibration_set
+from metaaug_cli.deployment.export import export_onnx
+from metaaug_cli.deployment.manifest import Manifest
+from metaaug_cli.deployment.ort import open_session
+from metaaug_cli.verification.evaluation import onnx_predictor, predict, score
 
 Key = dict[str, Any]
 _SETS = range(5)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from common import Subject, is_recorded, mobilenet, quantized, record, resnet20
 
-from metaaug_cli.export import ExportResult, export_onnx
-from metaaug_cli.manifest import Manifest
-from metaaug_cli.ort import count_kernels
-from metaaug_cli.packing import PackMode
-from metaaug_cli.parity import check_parity
+from metaaug_cli.deployment.export import ExportResult, export_onnx
+from metaaug_cli.deployment.manifest import Manifest
+from metaaug_cli.deployment.ort import count_kernels
+from metaaug_cli.deployment.packing import PackMode
+from metaaug_cli.verification.parity import check_parity
 
 _PACKS: tuple[PackMode, ...] = ("int8", "packed", "native")
 _SUBJECTS = {"resnet20": (resnet20, "genie", 100), "mobilenet": (mobilenet, "nearest", 1)}

@@ -23,14 +23,14 @@ import torch
 from common import RESULTS, ROOT, machine
 from runtime_worker import BATCHES
 
-from metaaug_cli.config import Recipe
-from metaaug_cli.data import CalibrationSet
+from metaaug_cli.calibration.data import CalibrationSet
 from metaaug_cli.demo import MEAN, STD, Digits, load_digits_split
-from metaaug_cli.export import export_onnx
+from metaaug_cli.deployment.export import export_onnx
+from metaaug_cli.deployment.manifest import Manifest
 from metaaug_cli.files import write_atomically
-from metaaug_cli.manifest import Manifest
-from metaaug_cli.models import LoadedModel, load_model
+from metaaug_cli.networks.models import LoadedModel, load_model
 from metaaug_cli.pipeline import quantize
+from metaaug_cli.recipe.config import Recipe
 
 RELEASES = [
     "1.20.1", "1.21.1", "1.22.1", "1.23.2", "1.24.4", "1.25.1",

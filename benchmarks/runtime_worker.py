@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from metaaug_cli.deployment.manifest import read_manifest
+from metaaug_cli.deployment.ort import count_kernels, open_session
 from metaaug_cli.errors import InputError
-from metaaug_cli.manifest import read_manifest
-from metaaug_cli.ort import count_kernels, open_session
 
 KINDS = ("Conv", "Gemm", "Add")
 # Wrong results of 4- and 2-bit types came and went with the batch size.

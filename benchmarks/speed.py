@@ -18,11 +18,11 @@ from statistics import median
 import torch
 from common import MOBILENET, RESNET20, RESULTS, machine
 
-from metaaug_cli.blocks import Block, search_activation_scales
-from metaaug_cli.config import Recipe
 from metaaug_cli.memory import keep_freed_memory
 from metaaug_cli.prepare import prepare_chain, schedule_of
-from metaaug_cli.reconstruct import Schedule, training_step_runs
+from metaaug_cli.quantization.blocks import Block, search_activation_scales
+from metaaug_cli.quantization.reconstruct import Schedule, training_step_runs
+from metaaug_cli.recipe.config import Recipe
 
 _ROUNDS = 7
 _BATCH = 32

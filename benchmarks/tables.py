@@ -103,6 +103,15 @@ def mobilenet() -> str:
     return markdown(["bits", "method", *_COLUMNS], rows)
 
 
+def recipes() -> str:
+    """Each shipped recipe as it stands."""
+    rows = [
+        [f"`{r['recipe']}`", str(r["num"]), *_row([r], [])[:-1], f"{r['seconds'] / 60:.1f}"]
+        for r in records("recipes")
+    ]
+    return markdown(["recipe", "images", *_COLUMNS[:-1], "minutes"], rows)
+
+
 def architectures() -> str:
     """The 16 torchvision networks, newest record of each."""
     newest = {r["model"]: r for r in records("architectures")}
@@ -193,6 +202,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "resnet20-long": resnet20_long,
     "resnet20-schedules": resnet20_schedules,
     "mobilenet": mobilenet,
+    "recipes": recipes,
     "architectures": architectures,
     "kills": kills,
     "cost": cost,

@@ -10,33 +10,39 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from metaaug_cli.config import Recipe as Recipe
-    from metaaug_cli.config import load_recipe as load_recipe
-    from metaaug_cli.data import CalibrationSet as CalibrationSet
-    from metaaug_cli.data import load_calibration_set as load_calibration_set
+    from metaaug_cli.calibration.data import CalibrationSet as CalibrationSet
+    from metaaug_cli.calibration.data import load_calibration_set as load_calibration_set
+    from metaaug_cli.deployment.export import export_onnx as export_onnx
     from metaaug_cli.errors import MetaAugError as MetaAugError
-    from metaaug_cli.evaluation import Evaluation as Evaluation
-    from metaaug_cli.export import export_onnx as export_onnx
-    from metaaug_cli.models import load_model as load_model
-    from metaaug_cli.parity import Parity as Parity
-    from metaaug_cli.parity import check_parity as check_parity
+    from metaaug_cli.networks.models import load_model as load_model
     from metaaug_cli.pipeline import QuantizedModel as QuantizedModel
     from metaaug_cli.pipeline import quantize as quantize
+    from metaaug_cli.recipe.config import Recipe as Recipe
+    from metaaug_cli.recipe.config import load_recipe as load_recipe
+    from metaaug_cli.runs.artifacts import load_run as load_run
+    from metaaug_cli.synthesis.dgh import SynthesisSettings as SynthesisSettings
+    from metaaug_cli.synthesis.dgh import synthesize_calibration_set as synthesize_calibration_set
+    from metaaug_cli.verification.evaluation import Evaluation as Evaluation
+    from metaaug_cli.verification.parity import Parity as Parity
+    from metaaug_cli.verification.parity import check_parity as check_parity
 
 # No public name may equal a module name: importing the module would rebind the attribute.
 _HOME = {
-    "CalibrationSet": "data",
-    "Evaluation": "evaluation",
+    "CalibrationSet": "calibration.data",
+    "Evaluation": "verification.evaluation",
     "MetaAugError": "errors",
-    "Parity": "parity",
+    "Parity": "verification.parity",
     "QuantizedModel": "pipeline",
-    "Recipe": "config",
-    "check_parity": "parity",
-    "export_onnx": "export",
-    "load_calibration_set": "data",
-    "load_model": "models",
-    "load_recipe": "config",
+    "Recipe": "recipe.config",
+    "SynthesisSettings": "synthesis.dgh",
+    "check_parity": "verification.parity",
+    "export_onnx": "deployment.export",
+    "load_calibration_set": "calibration.data",
+    "load_model": "networks.models",
+    "load_recipe": "recipe.config",
+    "load_run": "runs.artifacts",
     "quantize": "pipeline",
+    "synthesize_calibration_set": "synthesis.dgh",
 }
 
 __all__ = sorted(_HOME)

@@ -8,16 +8,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from metaaug_cli.augment import augmented_copies
-from metaaug_cli.augment_kinds import NONE, learned_part
-from metaaug_cli.config import Recipe
-from metaaug_cli.data import CalibrationSet
+from metaaug_cli.augmentation.fixed import augmented_copies
+from metaaug_cli.calibration.data import CalibrationSet
 from metaaug_cli.errors import InputError
-from metaaug_cli.models import LoadedModel
+from metaaug_cli.networks.models import LoadedModel
+from metaaug_cli.networks.preprocessing import Preprocessing
 from metaaug_cli.prepare import augmentation_kind, copies_of
-from metaaug_cli.preprocessing import Preprocessing
-from metaaug_cli.synthesis import SynthesisSettings
-from metaaug_cli.synthesis_cache import cached_synthetic_set
+from metaaug_cli.recipe.augment_kinds import NONE, learned_part
+from metaaug_cli.recipe.config import Recipe
+from metaaug_cli.synthesis.cache import cached_synthetic_set
+from metaaug_cli.synthesis.dgh import SynthesisSettings
 
 
 class Progress(Protocol):

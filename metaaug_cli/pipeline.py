@@ -13,21 +13,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from metaaug_cli.artifacts import Fingerprint, RunDirectory, RunInfo, hash_graph
-from metaaug_cli.augment_kinds import learned_part
-from metaaug_cli.augmentation import LearnedAugmentation
-from metaaug_cli.augmentation_files import AugmentationFiles
-from metaaug_cli.blocks import Block, Chain, search_activation_scales, widen_output_grids
-from metaaug_cli.cache import BlockData, default_budget
-from metaaug_cli.capture import export_program
-from metaaug_cli.config import Recipe
-from metaaug_cli.data import CalibrationSet
-from metaaug_cli.deploy import deploy
+from metaaug_cli.augmentation.learned import LearnedAugmentation
+from metaaug_cli.augmentation.warmup import WarmUp
+from metaaug_cli.calibration.data import CalibrationSet
+from metaaug_cli.deployment.deploy import deploy
+from metaaug_cli.deployment.simulation import IntegerSimulation
 from metaaug_cli.errors import MetaAugError, UsageError
+from metaaug_cli.graph.capture import export_program
 from metaaug_cli.learning_images import LearningImages, gather_images
 from metaaug_cli.learning_images import Progress as ImageProgress
 from metaaug_cli.memory import peak_memory_mib
-from metaaug_cli.models import LoadedModel
+from metaaug_cli.networks.models import LoadedModel
 from metaaug_cli.prepare import (
     augmentation_kind,
     augmenter_of,
@@ -38,10 +34,20 @@ from metaaug_cli.prepare import (
     require_images,
     schedule_of,
 )
-from metaaug_cli.reconstruct import PROBE_IMAGES, BlockHistory, Schedule, probe_loss, reconstruct_block
-from metaaug_cli.simulation import IntegerSimulation
-from metaaug_cli.walk import Walker
-from metaaug_cli.warmup import WarmUp
+from metaaug_cli.quantization.blocks import Block, Chain, search_activation_scales, widen_output_grids
+from metaaug_cli.quantization.cache import BlockData, default_budget
+from metaaug_cli.quantization.reconstruct import (
+    PROBE_IMAGES,
+    BlockHistory,
+    Schedule,
+    probe_loss,
+    reconstruct_block,
+)
+from metaaug_cli.quantization.walk import Walker
+from metaaug_cli.recipe.augment_kinds import learned_part
+from metaaug_cli.recipe.config import Recipe
+from metaaug_cli.runs.artifacts import Fingerprint, RunDirectory, RunInfo, hash_graph
+from metaaug_cli.runs.augmentation_files import AugmentationFiles
 
 _logger = logging.getLogger(__name__)
 _SCALE_SEARCH_IMAGES = 64

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from metaaug_cli.augment_kinds import NONE
-from metaaug_cli.augmentation import LearnedAugmentation
-from metaaug_cli.augmenter import AugmenterSpec
-from metaaug_cli.bilevel import MetaSchedule
-from metaaug_cli.blocks import Block, Chain, search_activation_scales
-from metaaug_cli.cache import BlockData, Stream, Values, stage_bytes
-from metaaug_cli.preprocessing import Preprocessing
-from metaaug_cli.reconstruct import Schedule, training_step_runs
-from metaaug_cli.stages import stage_macs
+from metaaug_cli.augmentation.augmenter import AugmenterSpec
+from metaaug_cli.augmentation.bilevel import MetaSchedule
+from metaaug_cli.augmentation.learned import LearnedAugmentation
+from metaaug_cli.graph.stages import stage_macs
+from metaaug_cli.networks.preprocessing import Preprocessing
+from metaaug_cli.quantization.blocks import Block, Chain, search_activation_scales
+from metaaug_cli.quantization.cache import BlockData, Stream, Values, stage_bytes
+from metaaug_cli.quantization.reconstruct import Schedule, training_step_runs
+from metaaug_cli.recipe.augment_kinds import NONE
 
 _TIMED_BATCH = 4
 _TIMED_STEPS = 3  # the first one warms up, and others may be slowed by the machine's other work

@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from metaaug_cli.augment_kinds import AUTO, LEARNED, NONE, learned_part
-from metaaug_cli.augmenter import AugmenterSpec
-from metaaug_cli.bilevel import MetaSchedule
-from metaaug_cli.blocks import Chain, build_chain
-from metaaug_cli.capture import capture
-from metaaug_cli.config import Recipe
+from metaaug_cli.augmentation.augmenter import AugmenterSpec
+from metaaug_cli.augmentation.bilevel import MetaSchedule
 from metaaug_cli.errors import GraphError, RecipeError
-from metaaug_cli.placement import Bits, place
-from metaaug_cli.reconstruct import Schedule, rate_factor
+from metaaug_cli.graph.capture import capture
+from metaaug_cli.graph.placement import Bits, place
+from metaaug_cli.quantization.blocks import Chain, build_chain
+from metaaug_cli.quantization.reconstruct import Schedule, rate_factor
+from metaaug_cli.recipe.augment_kinds import AUTO, LEARNED, NONE, learned_part
+from metaaug_cli.recipe.config import Recipe
 
 # What each method learns; every other difference between them is a recipe field.
 _LEARNS_WEIGHT_SCALE = {"genie"}

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from metaaug_cli.config import Recipe, shipped_recipes
-from metaaug_cli.recipe_errors import section_of
+from metaaug_cli.recipe.config import Recipe, shipped_recipes
+from metaaug_cli.recipe.recipe_errors import section_of
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "reference" / "recipe.md"
 

@@ -4,13 +4,13 @@ import torch
 from networks import SIZE, family, images, searched
 from torch import Tensor
 
-from metaaug_cli.augmentation import LearnedAugmentation
-from metaaug_cli.augmenter import AugmenterSpec
-from metaaug_cli.bilevel import MetaSchedule
-from metaaug_cli.blocks import Block
-from metaaug_cli.cache import BlockData, Stream
-from metaaug_cli.preprocessing import Preprocessing
-from metaaug_cli.reconstruct import Schedule
+from metaaug_cli.augmentation.augmenter import AugmenterSpec
+from metaaug_cli.augmentation.bilevel import MetaSchedule
+from metaaug_cli.augmentation.learned import LearnedAugmentation
+from metaaug_cli.networks.preprocessing import Preprocessing
+from metaaug_cli.quantization.blocks import Block
+from metaaug_cli.quantization.cache import BlockData, Stream
+from metaaug_cli.quantization.reconstruct import Schedule
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing(SIZE[1:], None, "bilinear", (0.5,) * 3, (0.5,) * 3)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaaug_cli import qdq_ops  # noqa: F401 - registers torch.ops.metaaug
+from metaaug_cli.deployment import qdq_ops  # noqa: F401 - registers torch.ops.metaaug
 
 SIZE = (3, 16, 16)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from networks import SIZE, ResidualNet, images, trained
 
-from metaaug_cli.capture import export_program
-from metaaug_cli.config import Recipe
-from metaaug_cli.data import make_calibration_set
-from metaaug_cli.models import LoadedModel
-from metaaug_cli.preprocessing import Preprocessing
-from metaaug_cli.weights import hash_state
+from metaaug_cli.calibration.data import make_calibration_set
+from metaaug_cli.graph.capture import export_program
+from metaaug_cli.networks.models import LoadedModel
+from metaaug_cli.networks.preprocessing import Preprocessing
+from metaaug_cli.networks.weights import hash_state
+from metaaug_cli.recipe.config import Recipe
 
 TESTS = Path(__file__).resolve().parent
 PREPROCESSING = Preprocessing(SIZE[1:], None, "bilinear", (0.5,) * 3, (0.5,) * 3)
@@ -82,7 +82,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-import metaaug_cli.artifacts as artifacts
+import metaaug_cli.runs.artifacts as artifacts
 from metaaug_cli.pipeline import quantize
 from golden_run import Recorder, calibration, model, recipe
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from metaaug_cli.synthesis import _Synthesis
-from metaaug_cli.synthesis_state import StateFile
+from metaaug_cli.synthesis.dgh import _Synthesis
+from metaaug_cli.synthesis.state import StateFile
 
 
 def interrupt_synthesis(patch: pytest.MonkeyPatch, *, at: int) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from metaaug_cli.bn_statistics import BatchNormLayer, BatchNormProbe, Moments
+from metaaug_cli.graph.bn_statistics import BatchNormLayer, BatchNormProbe, Moments
 
 
 @torch.no_grad()

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from metaaug_cli.blocks import Chain, build_chain, search_activation_scales
-from metaaug_cli.capture import capture
-from metaaug_cli.deploy import deploy
-from metaaug_cli.placement import Bits, Placement, place
+from metaaug_cli.deployment.deploy import deploy
+from metaaug_cli.graph.capture import capture
+from metaaug_cli.graph.placement import Bits, Placement, place
+from metaaug_cli.quantization.blocks import Chain, build_chain, search_activation_scales
 
 SIZE = (3, 8, 8)
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from metaaug_cli.models import LoadedModel, load_model
+from metaaug_cli.networks.models import LoadedModel, load_model
 
 FLAGS = {"size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
 """Preprocessing of ``NETWORK``, which does not say how its images are prepared."""

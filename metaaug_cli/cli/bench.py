@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from metaaug_cli.cli.console import Console
 
 if TYPE_CHECKING:
-    from metaaug_cli.artifacts import Run
-    from metaaug_cli.latency import Latency
+    from metaaug_cli.deployment.latency import Latency
+    from metaaug_cli.runs.artifacts import Run
 
 
 def run_bench(console: Console, run: Run) -> dict[str, Any]:
     """Time a run's forms on this machine and show them; returns the same as plain data."""
-    from metaaug_cli.latency import measure_forms
+    from metaaug_cli.deployment.latency import measure_forms
 
     with console.progress("bench") as tick:
         found = measure_forms(run.float_module, run.deployed_module, run.input_size, progress=tick)
@@ -25,7 +25,7 @@ def run_bench(console: Console, run: Run) -> dict[str, Any]:
 
 
 def _show(console: Console, found: dict[str, Latency]) -> None:
-    from metaaug_cli.latency import FLOAT, ROUNDS
+    from metaaug_cli.deployment.latency import FLOAT, ROUNDS
 
     base = found[FLOAT]
     batches = list(base.milliseconds)

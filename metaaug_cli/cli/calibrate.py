@@ -30,8 +30,8 @@ from metaaug_cli.cli.options import (
 from metaaug_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from metaaug_cli.data import CalibrationSet, ImageFolder
-    from metaaug_cli.models import LoadedModel
+    from metaaug_cli.calibration.data import CalibrationSet, ImageFolder
+    from metaaug_cli.networks.models import LoadedModel
 
 _DEFAULT_NUM = 1024
 
@@ -173,8 +173,8 @@ def build(
     elif keep_duplicates:
         raise UsageError("--keep-duplicates and --data-free exclude each other", hint="leave one out")
     settings = free.settings_from(flags, num=num, seed=seed) if data_free else None
-    from metaaug_cli.data import scan_folder
-    from metaaug_cli.models import load_model
+    from metaaug_cli.calibration.data import scan_folder
+    from metaaug_cli.networks.models import load_model
 
     folder = None if settings else scan_folder(_required(images))
     loaded = load_model(model, **options)
@@ -202,7 +202,7 @@ def _real_images(
     """What ``--beside`` names, prepared for the model."""
     if path is None:
         return None
-    from metaaug_cli.data import load_calibration_set
+    from metaaug_cli.calibration.data import load_calibration_set
 
     with console.progress("reading images") as progress:
         real = load_calibration_set(
@@ -222,7 +222,7 @@ def _draw(
     seed: int,
     keep_duplicates: bool,
 ) -> CalibrationSet:
-    from metaaug_cli.data import build_calibration_set, save_calibration_set
+    from metaaug_cli.calibration.data import build_calibration_set, save_calibration_set
 
     with console.progress("preparing images") as progress:
         calibration = build_calibration_set(

@@ -82,7 +82,7 @@ def compare(
     options = model_options(
         weights=weights, size=size, resize=resize, mean=mean, std=std, interpolation=interpolation
     )
-    from metaaug_cli.calibration_compare import compare_sets
+    from metaaug_cli.calibration.compare import compare_sets
 
     stored = second if first.is_dir() and second.is_file() else first
     loaded = load_model_for(stored, model, options)

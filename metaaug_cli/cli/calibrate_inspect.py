@@ -27,9 +27,9 @@ from metaaug_cli.cli.options import (
 from metaaug_cli.errors import GateError, UsageError
 
 if TYPE_CHECKING:
-    from metaaug_cli.calibration_check import Check
-    from metaaug_cli.data import CalibrationSet
-    from metaaug_cli.models import LoadedModel
+    from metaaug_cli.calibration.check import Check
+    from metaaug_cli.calibration.data import CalibrationSet
+    from metaaug_cli.networks.models import LoadedModel
 
 _FARTHEST = 5
 
@@ -122,7 +122,7 @@ def inspect(
     if model is None and (strict or options):
         flag = "--strict" if strict else f"--{next(iter(options))}"
         raise UsageError(f"{flag} needs a model", hint="add --model MODEL")
-    from metaaug_cli import inspection
+    from metaaug_cli.calibration import inspection
 
     loaded = load_model_for(file, model, options) if model is not None else None
     preprocessing = loaded.preprocessing if loaded is not None else None
@@ -156,7 +156,7 @@ def _outputs(file: Path, html: Path | None, png: Path | None) -> Path | None:
 
 
 def _check(calibration: CalibrationSet, loaded: LoadedModel, console: Console, num: int) -> Check:
-    from metaaug_cli.calibration_check import check_calibration_set
+    from metaaug_cli.calibration.check import check_calibration_set
 
     probe = probe_of(loaded, calibration, "leave --model out: the pictures and histograms need none")
     with console.progress("running the model") as progress:

@@ -12,19 +12,19 @@ from metaaug_cli.errors import InputError, UsageError
 from metaaug_cli.files import require_writable
 
 if TYPE_CHECKING:
-    from metaaug_cli.bn_statistics import BatchNormProbe
-    from metaaug_cli.data import CalibrationSet
-    from metaaug_cli.inspection import ChannelStatistics
-    from metaaug_cli.models import LoadedModel
-    from metaaug_cli.preprocessing import Preprocessing
+    from metaaug_cli.calibration.data import CalibrationSet
+    from metaaug_cli.calibration.inspection import ChannelStatistics
+    from metaaug_cli.graph.bn_statistics import BatchNormProbe
+    from metaaug_cli.networks.models import LoadedModel
+    from metaaug_cli.networks.preprocessing import Preprocessing
 
 _LISTED = 5
 
 
 def load_model_for(path: Path, model: str, options: dict[str, Any]) -> LoadedModel:
     """The model that a set is judged by; one that states no preprocessing gets the stored set's."""
-    from metaaug_cli.data import load_calibration_set
-    from metaaug_cli.models import load_model
+    from metaaug_cli.calibration.data import load_calibration_set
+    from metaaug_cli.networks.models import load_model
 
     fallback = load_calibration_set(path, num=1).preprocessing if path.is_file() else None
     return load_model(model, **options, fallback=fallback)
@@ -38,7 +38,7 @@ def read_set(
     Raises:
         UsageError: A folder, and nothing says how to prepare its images.
     """
-    from metaaug_cli.data import load_calibration_set
+    from metaaug_cli.calibration.data import load_calibration_set
 
     if not path.is_dir():
         return load_calibration_set(path, num=sys.maxsize)
@@ -57,7 +57,7 @@ def probe_of(loaded: LoadedModel, calibration: CalibrationSet, alternative: str)
     Raises:
         InputError: It has none; ``alternative`` says what works without them.
     """
-    from metaaug_cli.bn_statistics import batch_norm_probe
+    from metaaug_cli.graph.bn_statistics import batch_norm_probe
 
     channels, height, width = calibration.images.shape[1:]
     try:
@@ -68,7 +68,7 @@ def probe_of(loaded: LoadedModel, calibration: CalibrationSet, alternative: str)
 
 def facts(calibration: CalibrationSet) -> dict[str, Any]:
     """What ``--json`` reports of a set, in plain JSON types."""
-    from metaaug_cli.inspection import class_counts
+    from metaaug_cli.calibration.inspection import class_counts
 
     return {
         "num": len(calibration.images),

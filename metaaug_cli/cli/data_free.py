@@ -15,9 +15,9 @@ from metaaug_cli.cli.options import require_device
 from metaaug_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from metaaug_cli.data import CalibrationSet
-    from metaaug_cli.models import LoadedModel
-    from metaaug_cli.synthesis import SynthesisSettings
+    from metaaug_cli.calibration.data import CalibrationSet
+    from metaaug_cli.networks.models import LoadedModel
+    from metaaug_cli.synthesis.dgh import SynthesisSettings
 
 PANEL = "Without images"
 DEFAULT_NUM = 512
@@ -113,7 +113,7 @@ def settings_from(flags: dict[str, Any], *, num: int | None, seed: int) -> Synth
     Raises:
         UsageError: A value that its flag does not take.
     """
-    from metaaug_cli.synthesis import SynthesisSettings
+    from metaaug_cli.synthesis.dgh import SynthesisSettings
 
     stretch = flags["--stretch"]
     if stretch is not None and stretch not in _STRETCHES:
@@ -139,12 +139,12 @@ def synthesize(
     flags: dict[str, Any],
 ) -> CalibrationSet:
     """Make the set, store it behind the ``real`` one, and write the made images as PNGs if asked for."""
-    from metaaug_cli.data import join_calibration_sets, save_calibration_set
+    from metaaug_cli.calibration.data import join_calibration_sets, save_calibration_set
+    from metaaug_cli.calibration.png_folder import require_empty, write_pngs
     from metaaug_cli.memory import keep_freed_memory
     from metaaug_cli.pipeline import pick_device
-    from metaaug_cli.png_folder import require_empty, write_pngs
-    from metaaug_cli.synthesis import SynthesisHistory, estimate_seconds, synthesize_calibration_set
-    from metaaug_cli.synthesis_state import require_absent
+    from metaaug_cli.synthesis.dgh import SynthesisHistory, estimate_seconds, synthesize_calibration_set
+    from metaaug_cli.synthesis.state import require_absent
 
     if images is not None:
         require_empty(images)

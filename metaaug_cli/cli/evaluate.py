@@ -32,10 +32,10 @@ from metaaug_cli.errors import InputError, UsageError
 from metaaug_cli.files import write_atomically
 
 if TYPE_CHECKING:
-    from metaaug_cli.data import ImageFolder
-    from metaaug_cli.parity import Parity
-    from metaaug_cli.report import Report
-    from metaaug_cli.targets import Target
+    from metaaug_cli.calibration.data import ImageFolder
+    from metaaug_cli.verification.parity import Parity
+    from metaaug_cli.verification.report import Report
+    from metaaug_cli.verification.targets import Target
 
 GATE_PANEL = "Gates (a missed one is exit code 1)"
 _NAMED_FILES = 5
@@ -202,9 +202,9 @@ def evaluate(
     )
     console = Console(quiet=quiet, json=json)
 
-    from metaaug_cli.gates import check_limits, check_possible, require
-    from metaaug_cli.report import report_to_dict, write_junit
-    from metaaug_cli.targets import add_openvino, open_target
+    from metaaug_cli.verification.gates import check_limits, check_possible, require
+    from metaaug_cli.verification.report import report_to_dict, write_junit
+    from metaaug_cli.verification.targets import add_openvino, open_target
 
     check_limits(max_drop=max_drop, min_agreement=min_agreement)
     folder = _scan(data, classes, no_labels)
@@ -235,7 +235,7 @@ def evaluate(
 
 
 def _scan(data: Path, classes: Path | None, no_labels: bool) -> ImageFolder:
-    from metaaug_cli.data import scan_folder
+    from metaaug_cli.calibration.data import scan_folder
 
     if no_labels and classes is not None:
         raise UsageError("--classes and --no-labels contradict each other", hint="give one of them")
@@ -244,7 +244,7 @@ def _scan(data: Path, classes: Path | None, no_labels: bool) -> ImageFolder:
 
 
 def _check_classes(folder: ImageFolder, num_outputs: int) -> None:
-    from metaaug_cli.data import check_class_count
+    from metaaug_cli.calibration.data import check_class_count
 
     try:
         check_class_count(folder, num_outputs)
@@ -269,13 +269,13 @@ def _measure(
     batch: int,
     limits: _Limits,
 ) -> Report:
-    from metaaug_cli.data import iter_labelled_batches
-    from metaaug_cli.evaluation import predict, score
-    from metaaug_cli.gates import accuracy_gates, parity_gates
-    from metaaug_cli.manifest import package_versions
-    from metaaug_cli.openvino_check import summarize
-    from metaaug_cli.ort import count_kernels
-    from metaaug_cli.report import (
+    from metaaug_cli.calibration.data import iter_labelled_batches
+    from metaaug_cli.deployment.manifest import package_versions
+    from metaaug_cli.deployment.ort import count_kernels
+    from metaaug_cli.verification.evaluation import predict, score
+    from metaaug_cli.verification.gates import accuracy_gates, parity_gates
+    from metaaug_cli.verification.openvino_check import summarize
+    from metaaug_cli.verification.report import (
         SCHEMA_VERSION,
         DataSummary,
         Kernels,
@@ -331,8 +331,8 @@ def _check_parity(
     gated: bool,
 ) -> Parity | None:
     """The gate takes every image and the integer reference; the mere verdict a sample without it."""
-    from metaaug_cli.data import iter_labelled_batches
-    from metaaug_cli.parity import check_parity
+    from metaaug_cli.calibration.data import iter_labelled_batches
+    from metaaug_cli.verification.parity import check_parity
 
     if opened.deployed is None:
         return None
@@ -351,7 +351,7 @@ def _check_parity(
 
 def _record(console: Console, run_dir: Path, report: Report) -> None:
     """Keep the accuracy in the run's metrics, from which an exported file's manifest takes it."""
-    from metaaug_cli.artifacts import METRICS_FILE, read_metrics
+    from metaaug_cli.runs.artifacts import METRICS_FILE, read_metrics
 
     path = run_dir / METRICS_FILE
     metrics = read_metrics(run_dir)

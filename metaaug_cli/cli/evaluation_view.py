@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from metaaug_cli.cli.console import Console
 
 if TYPE_CHECKING:
-    from metaaug_cli.evaluation import Evaluation, Score
-    from metaaug_cli.openvino_check import OpenVinoReport
-    from metaaug_cli.parity import LayerParity
-    from metaaug_cli.report import Kernels, ParityReport, Report
+    from metaaug_cli.verification.evaluation import Evaluation, Score
+    from metaaug_cli.verification.openvino_check import OpenVinoReport
+    from metaaug_cli.verification.parity import LayerParity
+    from metaaug_cli.verification.report import Kernels, ParityReport, Report
 
 _SHOWN = {"float": "float", "simulated": "simulated", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _KINDS = ("Conv", "Gemm", "Add")

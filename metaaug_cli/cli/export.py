@@ -15,12 +15,12 @@ from metaaug_cli.cli.options import OUTPUT_PANEL, JsonOpt, QuietOpt
 from metaaug_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from metaaug_cli.export import ExportResult
-    from metaaug_cli.manifest import Manifest
-    from metaaug_cli.onnx_summary import OnnxSummary
-    from metaaug_cli.ort import KernelCount
-    from metaaug_cli.packing import PackMode
-    from metaaug_cli.runtimes import Release
+    from metaaug_cli.deployment.export import ExportResult
+    from metaaug_cli.deployment.manifest import Manifest
+    from metaaug_cli.deployment.onnx_summary import OnnxSummary
+    from metaaug_cli.deployment.ort import KernelCount
+    from metaaug_cli.deployment.packing import PackMode
+    from metaaug_cli.deployment.runtimes import Release
 
 EXPORT_EPILOG = """\
 [bold]The file to deploy[/bold], integer kernels in ONNX Runtime
@@ -135,10 +135,10 @@ def export(
     if out.is_dir():
         raise InputError(f"{out} is a directory", hint=f"name a file: -o {out / (run.name + '.onnx')}")
 
-    from metaaug_cli.artifacts import load_run
-    from metaaug_cli.export import export_onnx
-    from metaaug_cli.ort import count_kernels
-    from metaaug_cli.runtimes import parse_release
+    from metaaug_cli.deployment.export import export_onnx
+    from metaaug_cli.deployment.ort import count_kernels
+    from metaaug_cli.deployment.runtimes import parse_release
+    from metaaug_cli.runs.artifacts import load_run
 
     target = parse_release(target_ort) if target_ort is not None else None
     loaded = load_run(run)
@@ -166,7 +166,7 @@ def export(
 
 
 def _chosen_pack(pack: Pack | None, target: Release | None, manifest: Manifest) -> PackMode:
-    from metaaug_cli.runtimes import choose_pack
+    from metaaug_cli.deployment.runtimes import choose_pack
 
     if pack is not None:
         return pack.value
@@ -174,7 +174,7 @@ def _chosen_pack(pack: Pack | None, target: Release | None, manifest: Manifest) 
 
 
 def _show_target(console: Console, target: Release) -> None:
-    from metaaug_cli.runtimes import NEWEST, format_release
+    from metaaug_cli.deployment.runtimes import NEWEST, format_release
 
     if target > NEWEST:
         console.warn(
@@ -188,7 +188,7 @@ def _show_target(console: Console, target: Release) -> None:
 def _saturating(path: Path) -> list[str]:
     import onnx
 
-    from metaaug_cli.packing import saturating_layers
+    from metaaug_cli.deployment.packing import saturating_layers
 
     return saturating_layers(onnx.load(path))
 
@@ -213,7 +213,7 @@ def _show_export(console: Console, result: ExportResult, kernels: KernelCount, s
 
 
 def _note_saturation(console: Console, layers: list[str]) -> None:
-    from metaaug_cli.ort import EXACT_OPTION
+    from metaaug_cli.deployment.ort import EXACT_OPTION
 
     console.note(
         f"x86 CPUs without VNNI need the session option {EXACT_OPTION}=1 to be exact in {len(layers)} layers "
@@ -234,7 +234,7 @@ _PACK_TEXT = {
 
 
 def _warn_native(console: Console, result: ExportResult) -> None:
-    from metaaug_cli.ort import open_session
+    from metaaug_cli.deployment.ort import open_session
 
     option = _options_text(result.manifest.packing.session_options)
     try:
@@ -278,7 +278,7 @@ def inspect(file: FileArg, json: JsonOpt = None, quiet: QuietOpt = False) -> Non
     Works on QDQ files of other tools too; they have no manifest, so bits are
     those that hold the codes found.
     """
-    from metaaug_cli.onnx_summary import summarize_onnx
+    from metaaug_cli.deployment.onnx_summary import summarize_onnx
 
     console = Console(quiet=quiet, json=json)
     summary = summarize_onnx(file)
@@ -331,7 +331,7 @@ def _manifest_rows(manifest: Manifest) -> list[tuple[str, object]]:
 
 
 def _preprocessing_text(stored: dict[str, Any]) -> str:
-    from metaaug_cli.preprocessing import Preprocessing
+    from metaaug_cli.networks.preprocessing import Preprocessing
 
     return Preprocessing.from_dict(stored).describe()
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from metaaug_cli.cli.console import Console, format_seconds
 
 if TYPE_CHECKING:
-    from metaaug_cli.config import Recipe
-    from metaaug_cli.data import CalibrationSet
-    from metaaug_cli.models import LoadedModel
+    from metaaug_cli.calibration.data import CalibrationSet
+    from metaaug_cli.networks.models import LoadedModel
     from metaaug_cli.planning import PlanRow, TeachingPlan
+    from metaaug_cli.recipe.config import Recipe
 
 
 def show_plan(
@@ -89,7 +89,7 @@ def _synthesis_seconds(loaded: LoadedModel, recipe: Recipe, device: str) -> floa
     """What making the recipe's synthetic images takes where they are not kept yet; 0 for none."""
     from metaaug_cli.learning_images import synthesis_of
     from metaaug_cli.pipeline import pick_device
-    from metaaug_cli.synthesis import estimate_seconds
+    from metaaug_cli.synthesis.dgh import estimate_seconds
 
     settings = synthesis_of(recipe)
     return 0.0 if settings is None else estimate_seconds(loaded, settings, device=pick_device(device))

@@ -51,9 +51,9 @@ from metaaug_cli.cli.quantize_options import (
 from metaaug_cli.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
-    from metaaug_cli.config import Recipe
-    from metaaug_cli.data import CalibrationSet
-    from metaaug_cli.models import LoadedModel
+    from metaaug_cli.calibration.data import CalibrationSet
+    from metaaug_cli.networks.models import LoadedModel
+    from metaaug_cli.recipe.config import Recipe
 
 _NAMED_FILES = 5
 _FEW_IMAGES = 64
@@ -138,7 +138,7 @@ def quantize(
         _require_free(console, out, resume=resume)
 
     from metaaug_cli.memory import keep_freed_memory
-    from metaaug_cli.models import load_model
+    from metaaug_cli.networks.models import load_model
 
     keep_freed_memory()
     loaded = load_model(model, **{**resolved.preprocessing.load_options(), **options})
@@ -160,7 +160,7 @@ def quantize(
 
 def _resolve_recipe(name: str | None, flags: dict[str, tuple[str, Any]], assignments: list[str]) -> Recipe:
     """The recipe with the flags, which give (field, value or None), and then ``--set`` on top."""
-    from metaaug_cli.config import Recipe, load_recipe
+    from metaaug_cli.recipe.config import Recipe, load_recipe
 
     recipe = load_recipe(name) if name else Recipe()
     given = [f"{key}={value}" for key, value in flags.values() if value is not None]
@@ -188,7 +188,7 @@ def _warn_of_settings_without_effect(console: Console, recipe: Recipe, assignmen
 
 
 def _load_calibration(console: Console, calib: Path, loaded: LoadedModel, recipe: Recipe) -> CalibrationSet:
-    from metaaug_cli.data import load_calibration_set
+    from metaaug_cli.calibration.data import load_calibration_set
 
     with console.progress("reading images") as tick:
         return load_calibration_set(
@@ -235,7 +235,7 @@ def _hint_at_augmentation(
 
 
 def _require_free(console: Console, out: Path, *, resume: bool) -> None:
-    from metaaug_cli.artifacts import RunDirectory
+    from metaaug_cli.runs.artifacts import RunDirectory
 
     directory = RunDirectory(out)
     directory.require_free(resume=resume)
@@ -245,7 +245,7 @@ def _require_free(console: Console, out: Path, *, resume: bool) -> None:
 
 def _run_directory(out: Path | None, name: str, recipe: Recipe, *, resume: bool) -> Path:
     """``--out``, or ``runs/MODEL-wWaA`` with a number where that is taken; to resume, the last of them."""
-    from metaaug_cli.artifacts import RunDirectory
+    from metaaug_cli.runs.artifacts import RunDirectory
 
     if out is not None:
         return out
@@ -268,7 +268,7 @@ def _without_resume(arguments: list[str]) -> list[str]:
 @contextmanager
 def _log_file(run_dir: Path) -> Iterator[None]:
     """Keep the library's log in the run directory."""
-    from metaaug_cli.artifacts import LOG_FILE
+    from metaaug_cli.runs.artifacts import LOG_FILE
 
     run_dir.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from metaaug_cli.cli.console import Console, ProgressCallback, format_seconds
 
 if TYPE_CHECKING:
-    from metaaug_cli.blocks import Block
-    from metaaug_cli.reconstruct import BlockHistory
-    from metaaug_cli.warmup import WarmUp
+    from metaaug_cli.augmentation.warmup import WarmUp
+    from metaaug_cli.quantization.blocks import Block
+    from metaaug_cli.quantization.reconstruct import BlockHistory
 
 
 class RunProgress:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from metaaug_cli.cli.console import Console
 
 if TYPE_CHECKING:
-    from metaaug_cli.config import Recipe
     from metaaug_cli.pipeline import QuantizedModel
-    from metaaug_cli.reconstruct import BlockHistory
+    from metaaug_cli.quantization.reconstruct import BlockHistory
+    from metaaug_cli.recipe.config import Recipe
 
 
 def show_result(console: Console, recipe: Recipe, result: QuantizedModel, run_dir: Path) -> None:
@@ -53,8 +53,8 @@ def _columns(histories: list[BlockHistory]) -> dict[str, list[float | None]]:
 
 
 def _point_to_page(console: Console, run_dir: Path) -> None:
-    from metaaug_cli.artifacts import AUGMENTATION
-    from metaaug_cli.augmentation_files import PAGE
+    from metaaug_cli.runs.artifacts import AUGMENTATION
+    from metaaug_cli.runs.augmentation_files import PAGE
 
     page = run_dir / AUGMENTATION / PAGE
     if page.exists():

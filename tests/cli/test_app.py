@@ -184,8 +184,8 @@ def test_a_real_ctrl_c(tmp_path):
 
 def test_warnings_of_the_library_are_shown_others_only_with_debug(command, capsys):
     def go():
-        logging.getLogger("metaaug_cli.data").warning("3 of 1024 files skipped")
-        logging.getLogger("metaaug_cli.data").info("detail")
+        logging.getLogger("metaaug_cli.calibration.data").warning("3 of 1024 files skipped")
+        logging.getLogger("metaaug_cli.calibration.data").info("detail")
         warnings.warn("torch is chatty", UserWarning, stacklevel=1)
 
     command(go)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from metaaug_cli.calibration.data import load_calibration_set
 from metaaug_cli.cli.app import main
-from metaaug_cli.data import load_calibration_set
 
 NETWORK = """
 from torch import nn

@@ -6,9 +6,9 @@ import pytest
 from interruptions import interrupt_synthesis
 from PIL import Image
 
+from metaaug_cli.calibration.data import load_calibration_set
 from metaaug_cli.cli.app import main
 from metaaug_cli.cli.data_free import state_path
-from metaaug_cli.data import load_calibration_set
 from metaaug_cli.errors import InputError
 
 NETWORK = """
@@ -94,7 +94,7 @@ def test_real_images_come_first_and_made_ones_beside_them(tmp_path, capsys):
 def test_real_images_that_do_not_fit_are_refused_before_any_work(tmp_path, capsys, monkeypatch):
     assert calibrate(*FAST, "--num", "2", "-q") == 0
     (tmp_path / "s.safetensors").rename(tmp_path / "other.safetensors")
-    monkeypatch.setattr("metaaug_cli.synthesis._Synthesis", None)
+    monkeypatch.setattr("metaaug_cli.synthesis.dgh._Synthesis", None)
     assert calibrate(*FAST, "--beside", "nowhere") == 2
     assert "nowhere does not exist" in capsys.readouterr().err
     assert calibrate(*FAST, "--beside", "other.safetensors", "--size", "24") == 2
@@ -159,7 +159,7 @@ def test_what_cannot_be_written_is_refused_before_the_model_is_traced(
     tmp_path, capsys, monkeypatch, arguments, message
 ):
     (tmp_path / "folder.safetensors").mkdir()
-    monkeypatch.setattr("metaaug_cli.synthesis._Synthesis", None)
+    monkeypatch.setattr("metaaug_cli.synthesis.dgh._Synthesis", None)
     assert calibrate(*FAST, *arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".py") == ["folder.safetensors"]
@@ -170,7 +170,7 @@ def test_images_that_could_not_be_written_are_not_lost(tmp_path, capsys, monkeyp
         raise InputError("cannot write images")
 
     with monkeypatch.context() as patch:
-        patch.setattr("metaaug_cli.png_folder.write_pngs", full)
+        patch.setattr("metaaug_cli.calibration.png_folder.write_pngs", full)
         assert calibrate(*FAST, "--num", "3", "--images", "sheet") == 2
     assert calibrate(*FAST, "--num", "3", "--images", "sheet", "--resume") == 0
     assert len(list((tmp_path / "sheet").iterdir())) == 3

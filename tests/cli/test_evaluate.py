@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from user_code import classifier
 
 from metaaug_cli.cli.app import main
-from metaaug_cli.report import report_schema
+from metaaug_cli.verification.report import report_schema
 
 SIZE, CLASSES, IMAGES = 12, 6, 60
 FLAGS = ["--size", str(SIZE), "--mean", ".5,.5,.5", "--std", ".25,.25,.25"]

@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from metaaug_cli import demo
-from metaaug_cli.artifacts import LOG_FILE, RUN_FILE, load_run, read_info
 from metaaug_cli.cli.app import main
-from metaaug_cli.simulation import IntegerSimulation
+from metaaug_cli.deployment.simulation import IntegerSimulation
+from metaaug_cli.runs.artifacts import LOG_FILE, RUN_FILE, load_run, read_info
 
 COMMAND = [sys.executable, "-m", "metaaug_cli"]
 

@@ -27,10 +27,10 @@ from golden_run import (
 )
 from networks import SIZE, ResidualNet, images, trained
 
-from metaaug_cli.artifacts import load_run
+from metaaug_cli.deployment.simulation import IntegerSimulation
 from metaaug_cli.errors import RecipeError, UsageError
 from metaaug_cli.pipeline import pick_device, quantize
-from metaaug_cli.simulation import IntegerSimulation
+from metaaug_cli.runs.artifacts import load_run
 
 GOLDEN = Path(__file__).with_name("losses.json")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import user_code
 
-from metaaug_cli.export import export_onnx
-from metaaug_cli.manifest import Manifest
-from metaaug_cli.models import load_model
+from metaaug_cli.deployment.export import export_onnx
+from metaaug_cli.deployment.manifest import Manifest
+from metaaug_cli.networks.models import load_model
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,10 @@ import torch
 from networks import DenseLayer, conv_bn, deployed, images, trained
 from torch import Tensor, nn
 
-from metaaug_cli.export import export_onnx
-from metaaug_cli.ort import count_kernels
-from metaaug_cli.parity import check_parity
-from metaaug_cli.placement import Bits
+from metaaug_cli.deployment.export import export_onnx
+from metaaug_cli.deployment.ort import count_kernels
+from metaaug_cli.graph.placement import Bits
+from metaaug_cli.verification.parity import check_parity
 
 
 class TwoBlocks(nn.Module):

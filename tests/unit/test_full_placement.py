@@ -7,16 +7,16 @@ import torch
 from networks import FAMILIES, SIZE, images, trained
 from onnx import numpy_helper
 
-from metaaug_cli.codes import RuntimeCodes
-from metaaug_cli.config import Recipe
-from metaaug_cli.data import make_calibration_set
-from metaaug_cli.export import export_onnx
-from metaaug_cli.manifest import Manifest
-from metaaug_cli.models import LoadedModel
+from metaaug_cli.calibration.data import make_calibration_set
+from metaaug_cli.deployment.export import export_onnx
+from metaaug_cli.deployment.manifest import Manifest
+from metaaug_cli.deployment.simulation import IntegerSimulation
+from metaaug_cli.networks.models import LoadedModel
+from metaaug_cli.networks.preprocessing import Preprocessing
 from metaaug_cli.pipeline import quantize
-from metaaug_cli.preprocessing import Preprocessing
-from metaaug_cli.reference import IntegerExecutor
-from metaaug_cli.simulation import IntegerSimulation
+from metaaug_cli.recipe.config import Recipe
+from metaaug_cli.verification.codes import RuntimeCodes
+from metaaug_cli.verification.reference import IntegerExecutor
 
 PREPROCESSING = Preprocessing(SIZE[1:], None, "bilinear", (0.5,) * 3, (0.25,) * 3)
 

@@ -6,13 +6,13 @@ from networks import SIZE, conv_bn, trained
 from torch import nn
 
 from metaaug_cli import learning_images as module
-from metaaug_cli.config import Recipe
-from metaaug_cli.data import join_calibration_sets, make_calibration_set
+from metaaug_cli.calibration.data import join_calibration_sets, make_calibration_set
 from metaaug_cli.errors import InputError
 from metaaug_cli.learning_images import gather_images
-from metaaug_cli.models import LoadedModel
-from metaaug_cli.preprocessing import Preprocessing
-from metaaug_cli.synthesis import SynthesisSettings, synthesize_calibration_set
+from metaaug_cli.networks.models import LoadedModel
+from metaaug_cli.networks.preprocessing import Preprocessing
+from metaaug_cli.recipe.config import Recipe
+from metaaug_cli.synthesis.dgh import SynthesisSettings, synthesize_calibration_set
 
 PREPROCESSING = Preprocessing(SIZE[1:], None, "bilinear", (0.5,) * 3, (0.25,) * 3)
 PIXELS = torch.randn(6, *SIZE, generator=torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from metaaug_cli.deployment.ort import classify_nodes, open_session, optimized_graph
+from metaaug_cli.deployment.runtimes import WITHOUT_INTEGER_KERNELS
 from metaaug_cli.errors import InputError
-from metaaug_cli.ort import classify_nodes, open_session, optimized_graph
-from metaaug_cli.runtimes import WITHOUT_INTEGER_KERNELS
 
 CHANNELS = 4
 RNG = np.random.default_rng(0)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from networks import SIZE, family, placed
 
-from metaaug_cli.augmenter import AugmenterSpec
-from metaaug_cli.bilevel import MetaSchedule
-from metaaug_cli.blocks import build_chain
-from metaaug_cli.placement import Bits
+from metaaug_cli.augmentation.augmenter import AugmenterSpec
+from metaaug_cli.augmentation.bilevel import MetaSchedule
+from metaaug_cli.graph.placement import Bits
+from metaaug_cli.networks.preprocessing import Preprocessing
 from metaaug_cli.planning import TeachingPlan, plan_run
-from metaaug_cli.preprocessing import Preprocessing
-from metaaug_cli.reconstruct import Schedule
+from metaaug_cli.quantization.blocks import build_chain
+from metaaug_cli.quantization.reconstruct import Schedule
 
 CPU = torch.device("cpu")
 

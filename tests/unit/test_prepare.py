@@ -2,9 +2,9 @@
 
 import pytest
 
-from metaaug_cli.config import Recipe
 from metaaug_cli.errors import RecipeError
 from metaaug_cli.prepare import augmentation_kind, copies_of, learns_augmenter, require_images
+from metaaug_cli.recipe.config import Recipe
 
 FIXED, LEARNED = "augmentation.kind=flip", "augmentation.kind=metaaug"
 

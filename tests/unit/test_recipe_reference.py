@@ -4,7 +4,7 @@ import runpy
 
 import yaml
 
-from metaaug_cli.config import Recipe
+from metaaug_cli.recipe.config import Recipe
 
 
 def test_recipe_page_is_not_stale(repository):

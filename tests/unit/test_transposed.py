@@ -4,10 +4,10 @@ import torch
 from networks import deployed
 from torch import nn
 
-from metaaug_cli.export import export_onnx
-from metaaug_cli.manifest import Manifest, read_manifest
-from metaaug_cli.parity import check_parity
-from metaaug_cli.placement import Bits
+from metaaug_cli.deployment.export import export_onnx
+from metaaug_cli.deployment.manifest import Manifest, read_manifest
+from metaaug_cli.graph.placement import Bits
+from metaaug_cli.verification.parity import check_parity
 
 
 def network() -> nn.Module:

@@ -1,0 +1,1 @@
+"""Changed copies of calibration images: fixed operations and the learned augmenter of MetaAug."""

@@ -1,0 +1,1 @@
+"""Calibration sets: built from folders, judged, inspected and compared."""

@@ -1,0 +1,1 @@
+"""From learned quantizers to an ONNX file, and what runtimes make of it."""

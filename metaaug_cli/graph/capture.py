@@ -1,0 +1,242 @@
+"""From the user's network to a functional ATen graph with a free batch dimension.
+
+``torch.export`` does the tracing, so functional adds, in-place operators, control flow on shapes and
+``.pt2`` files all arrive as the same small operator set. ``normalize`` then brings the graph to the
+form that the rest of the package reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from metaaug_cli.errors import GraphError, InputError
+from metaaug_cli.graph.graph_tools import lookup, register_buffer
+from metaaug_cli.graph.normalize import normalize
+
+_LARGEST_BATCH = 1 << 16
+_LONGEST_SUMMARY = 300
+
+
+def capture(network: nn.Module | ExportedProgram, input_size: tuple[int, int, int]) -> fx.GraphModule:
+    """Capture a network in normal form (batch norms folded, one tensor in, one tensor out).
+
+    Args:
+        network: An eval-mode module, or a program loaded from a ``.pt2`` file.
+        input_size: (C, H, W) of the images it takes.
+
+    Raises:
+        GraphError: The network cannot be traced, has several inputs or outputs, or fixes its batch size.
+        InputError: It does not run on images of this size.
+    """
+    return normalize(capture_unfolded(network, input_size))
+
+
+def capture_unfolded(
+    network: nn.Module | ExportedProgram, input_size: tuple[int, int, int]
+) -> fx.GraphModule:
+    """Capture a network as traced, its batch norms still operators of their own.
+
+    Args:
+        network: As for ``capture``.
+        input_size: As for ``capture``.
+
+    Raises:
+        GraphError: As for ``capture``.
+        InputError: As for ``capture``.
+    """
+    program = export_program(network, input_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = program.run_decompositions({})
+    _require_one_image_input(program, input_size)
+    return _plain_graph_module(program)
+
+
+def export_program(network: nn.Module | ExportedProgram, input_size: tuple[int, int, int]) -> ExportedProgram:
+    """Trace a network with a free batch dimension; a program is returned as it is.
+
+    Raises:
+        GraphError: The network cannot be traced; names the user's line.
+        InputError: It does not run on images of this size either.
+    """
+    if isinstance(network, ExportedProgram):
+        return network
+    required = _required_inputs(network)
+    if required is not None and required != 1:
+        raise _wrong_input_count(required)
+    example = torch.zeros(2, *input_size)
+    batch = Dim("batch", min=1, max=_LARGEST_BATCH)
+    try:
+        with _quiet_export(), torch.no_grad():
+            return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
+    except Exception as error:  # torch.export raises many kinds; all mean "cannot be traced"
+        raise _does_not_run(network, example) or _untraceable(error) from error
+
+
+def _required_inputs(network: nn.Module) -> int | None:
+    """How many arguments ``forward`` cannot do without; None where its signature does not tell."""
+    parameters = inspect.signature(network.forward).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return None
+    return sum(p.default is p.empty for p in parameters)
+
+
+def _wrong_input_count(count: int) -> GraphError:
+    return GraphError(
+        f"the network takes {count} inputs; metaaug quantizes networks that take one image tensor",
+        hint="wrap the network in a module whose forward(x) supplies the other inputs",
+    )
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Export without torch's own log lines and prints, and without fused attention that hides its linears."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch_logger = logging.getLogger("torch")
+    level = torch_logger.level
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch_logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch_logger.setLevel(level)
+
+
+def _does_not_run(network: nn.Module, example: Tensor) -> InputError | None:
+    """The error of a network that fails on such images, traced or not; None for one that runs."""
+    try:
+        with torch.no_grad():
+            network(example)
+    except Exception as error:  # the user's code may raise anything
+        text = str(error).strip()
+        where = _at(_user_line(error))
+        if wrong := re.search(r"to have (\d+) channels, but got (\d+) channels", text):
+            wants, gets = wrong.groups()
+            return InputError(
+                f"the network takes images of {wants} channels, the preprocessing gives {gets}{where}",
+                hint="--mean and --std take one value per channel",
+            )
+        _, _, height, width = example.shape
+        return InputError(
+            f"the network does not run on images of {height}x{width} pixels{where}: {_first_line(error)}",
+            hint="check that --size is what the network was trained with; its forward(x) gets one float "
+            "tensor (N, C, H, W)",
+        )
+    return None
+
+
+def _untraceable(error: Exception) -> GraphError:
+    text = str(error).strip()
+    summary = _first_line(error)
+    fixed = re.search(r"specialized it to be a constant \((\d+)\)", text)
+    if fixed:
+        summary = f"its code works for batches of {fixed.group(1)} images only"
+    where = _at(_user_line(error) or _line_in_text(text))
+    return GraphError(
+        f"the network cannot be traced{where}: {summary}",
+        hint="make that line independent of tensor values and of the batch size (no Python `if` on a tensor, "
+        "no fixed batch in view/reshape), or export the network yourself with a dynamic batch dimension and "
+        "pass the .pt2 file",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line[:_LONGEST_SUMMARY] for line in lines if line), type(error).__name__)
+
+
+def _at(place: str | None) -> str:
+    return f" at {place}" if place else ""
+
+
+def _user_line(error: BaseException) -> str | None:
+    """``file:line (source)`` of the innermost traceback frame that is not torch's own code."""
+    import traceback
+
+    frames = [
+        frame
+        for cause in _causes(error)
+        for frame in traceback.extract_tb(cause.__traceback__)
+        if not re.search(r"[/\\](torch|metaaug_cli)[/\\]", frame.filename)
+        and frame.line
+        and "<" not in frame.filename
+    ]
+    frames = [f for f in frames if "/lib/python" not in f.filename or "site-packages" in f.filename]
+    if not frames:
+        return None
+    return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _line_in_text(text: str) -> str | None:
+    found = [m for m in re.finditer(r'File "([^"]+)", line (\d+)', text) if "/torch/" not in m.group(1)]
+    return f"{found[-1].group(1)}:{found[-1].group(2)}" if found else None
+
+
+def _require_one_image_input(program: ExportedProgram, input_size: tuple[int, int, int]) -> None:
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
+    user_names = set(program.graph_signature.user_inputs)
+    images = [n for n in inputs if n.name in user_names]
+    if len(images) != 1 or not isinstance(images[0].meta.get("val"), Tensor):
+        raise _wrong_input_count(len(images))
+    shape = images[0].meta["val"].shape
+    if isinstance(shape[0], int):
+        raise GraphError(
+            f"the exported program fixes its batch size to {shape[0]}",
+            hint="export it with dynamic_shapes=({0: torch.export.Dim('batch')},)",
+        )
+    if tuple(shape[1:]) != input_size:
+        raise GraphError(
+            f"the network takes images of {tuple(shape[1:])}, the preprocessing gives {input_size}",
+            hint="pass the size the network was exported with, for example --size 224",
+        )
+    outputs = program.graph_signature.user_outputs
+    if len(outputs) != 1:
+        raise GraphError(
+            f"the network returns {len(outputs)} values; metaaug needs one tensor of logits",
+            hint="wrap the network in a module that returns the classification logits only",
+        )
+
+
+def _plain_graph_module(program: ExportedProgram) -> fx.GraphModule:
+    """The program as a GraphModule with one placeholder, one output and parameters as get_attr nodes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lifted = program.module()
+    assert isinstance(lifted, fx.GraphModule)
+    graph = fx.Graph()
+    copies: dict[fx.Node, Any] = {}
+    for node in lifted.graph.nodes:
+        if node.op == "call_module" and not node.users:
+            continue  # torch's own guards on the input shape
+        if node.op == "output":
+            (result,) = [n for n in node.all_input_nodes if n in copies]
+            graph.output(copies[result])
+            continue
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    root = nn.Module()
+    tensors = {**dict(lifted.named_parameters()), **dict(lifted.named_buffers())}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            value = tensors[node.target] if node.target in tensors else lookup(lifted, node.target)
+            node.target = register_buffer(root, str(node.target), value.detach())
+    return fx.GraphModule(root, graph)

@@ -1,0 +1,1 @@
+"""Quantizers, blocks and their reconstruction."""

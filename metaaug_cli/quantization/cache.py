@@ -1,0 +1,171 @@
+"""Activations at the current cut, within a byte budget.
+
+Two streams walk the chain side by side: the full-precision one and the quantized one. What a block needs
+of them (its two inputs and its target) is kept on the device, else in host memory, and where neither has
+room it is recomputed from the last point that was kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metaaug_cli.graph.stages import Stage, value_bytes
+
+_CHUNK = 64
+_DEFAULT_SHARE = 0.5
+
+Values = tuple[Tensor, ...]
+Step = Callable[..., Values]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many bytes of activations may be kept, per place."""
+
+    device: torch.device
+    device_bytes: int
+    host_bytes: int
+
+
+def default_budget(device: torch.device, cache_gb: float | None) -> Budget:
+    """Half of the free memory of the device and of the host, or ``cache_gb`` GiB for both together."""
+    host = _free_host_bytes()
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if cache_gb is None:
+            return Budget(device, int(free * _DEFAULT_SHARE), int(host * _DEFAULT_SHARE))
+        total = int(cache_gb * 2**30)
+        on_device = min(total, int(free * _DEFAULT_SHARE))
+        return Budget(device, on_device, total - on_device)
+    total = int(host * _DEFAULT_SHARE) if cache_gb is None else int(cache_gb * 2**30)
+    return Budget(device, total, 0)
+
+
+def _free_host_bytes() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 8 * 2**30
+
+
+def stage_bytes(stage: Stage, images: int) -> int:
+    """Bytes of a block's two inputs and its target for ``images`` images."""
+    inputs = sum(map(value_bytes, stage.inputs))
+    outputs = sum(map(value_bytes, stage.outputs))
+    return images * (2 * inputs + outputs)
+
+
+class Stream:
+    """One stream's values at the current cut: stored, or the steps that lead there from what is stored.
+
+    Args:
+        values: (N, …) tensors at the start of the chain.
+        device: Where batches are delivered.
+    """
+
+    def __init__(self, values: Values, device: torch.device) -> None:
+        self.stored, self.device = values, device
+        self.pending: list[Step] = []
+
+    def __len__(self) -> int:
+        return int(self.stored[0].shape[0])
+
+    @torch.no_grad()
+    def batch(self, indices: Tensor) -> Values:
+        """The values of some images on the device; ``indices`` is a 1-d integer tensor on the CPU."""
+        values = tuple(_take(t, indices).to(self.device, non_blocking=True) for t in self.stored)
+        for step in self.pending:
+            values = step(*values)
+        return values
+
+    def keep(self, place: torch.device | None) -> None:
+        """Store the values at the current cut on ``place``; None leaves them to be recomputed."""
+        if place is not None and self.pending:
+            self.replace(self.compute(place))
+
+    def replace(self, values: Values) -> None:
+        """Take ``values`` (N, …) as the stored values at the current cut."""
+        self.stored, self.pending = values, []
+
+    def advance(self, step: Step, *, place: torch.device | None) -> None:
+        """Move past one block; ``place`` is where its outputs are kept, None to recompute them when asked."""
+        self.pending.append(step)
+        self.keep(place)
+
+    def compute(self, place: torch.device) -> Values:
+        """The values of every image at the current cut, stored on ``place``."""
+        kept: list[Tensor] = []
+        for start in range(0, len(self), _CHUNK):
+            indices = torch.arange(start, min(start + _CHUNK, len(self)))
+            for number, value in enumerate(self.batch(indices)):
+                if start == 0:
+                    shape = (len(self), *value.shape[1:])
+                    kept.append(
+                        torch.empty(
+                            shape, dtype=value.dtype, device=place, pin_memory=_pin(place, self.device)
+                        )
+                    )
+                kept[number][start : start + len(value)] = value
+        return tuple(kept)
+
+
+def _pin(place: torch.device, device: torch.device) -> bool:
+    return place.type == "cpu" and device.type == "cuda"
+
+
+def _take(tensor: Tensor, indices: Tensor) -> Tensor:
+    return tensor.index_select(0, indices.to(tensor.device))
+
+
+def place_for(needed: int, budget: Budget) -> torch.device | None:
+    """Where ``needed`` bytes of activations are kept: the device, the host, or nowhere."""
+    if needed <= budget.device_bytes:
+        return budget.device
+    if needed <= budget.host_bytes:
+        return torch.device("cpu")
+    return None
+
+
+@dataclass
+class BlockData:
+    """What one block learns from: both input streams and the full-precision block."""
+
+    float_stream: Stream
+    quantized_stream: Stream
+    float_block: Step
+    targets: Values | None
+    computed: Sequence[int]
+    originals: int | None = None
+
+    def __len__(self) -> int:
+        """How many calibration images there are; augmented copies come after them."""
+        return len(self.float_stream) if self.originals is None else self.originals
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Indices of one batch: all originals, or half originals and half copies where there are copies."""
+        copies = len(self.float_stream) - len(self)
+        if copies == 0:
+            return torch.randint(len(self), (count,), generator=generator)
+        from_copies = count // 2
+        return torch.cat(
+            [
+                torch.randint(len(self), (count - from_copies,), generator=generator),
+                torch.randint(copies, (from_copies,), generator=generator) + len(self),
+            ]
+        )
+
+    @torch.no_grad()
+    def batch(self, indices: Tensor) -> tuple[Values, Values, Values]:
+        """(full-precision inputs, quantized inputs, targets) of some images, as ``computed`` lists them."""
+        h_fp = self.float_stream.batch(indices)
+        h_q = self.quantized_stream.batch(indices)
+        if self.targets is None:
+            outputs = self.float_block(*h_fp)
+            return h_fp, h_q, tuple(outputs[i] for i in self.computed)
+        device = self.float_stream.device
+        return h_fp, h_q, tuple(_take(self.targets[i], indices).to(device) for i in self.computed)

@@ -1,0 +1,399 @@
+"""The run directory: what a quantization run leaves behind, and what resuming it checks.
+
+``run.json`` (model, hashes, environment, status), ``recipe.yaml`` (resolved), ``float.pt2`` (the float
+network as captured), ``blocks/NNN-NAME.safetensors`` with ``.json`` (learned state and loss curve, written
+as each block finishes), ``augmentation/`` (see ``augmentation_files.py``), ``metrics.json``, ``log.txt``.
+Every write replaces the file in one step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import re
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from metaaug_cli.deployment.manifest import Manifest
+from metaaug_cli.errors import InputError, RecipeError, UsageError
+from metaaug_cli.files import write_atomically
+from metaaug_cli.graph.graph_tools import attribute
+from metaaug_cli.graph.ops import Role, role
+from metaaug_cli.networks.preprocessing import Preprocessing
+from metaaug_cli.networks.pt2_archive import load_program
+from metaaug_cli.quantization.blocks import Block, Chain
+from metaaug_cli.quantization.reconstruct import BlockHistory
+from metaaug_cli.recipe.config import Recipe, load_recipe
+from metaaug_cli.runs.environment import environment
+
+SCHEMA_VERSION = 1
+RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE = (
+    "run.json",
+    "recipe.yaml",
+    "float.pt2",
+    "metrics.json",
+    "log.txt",
+    "model.onnx",
+)
+AUGMENTATION = "augmentation"
+_OWN_NAMES = {AUGMENTATION, RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE, "blocks"}
+_RUN_KEYS = {
+    "status",
+    "model",
+    "preprocessing",
+    "num_outputs",
+    "fingerprint",
+    "blocks",
+}
+_REPAIR = "repair the run with the same `metaaug quantize` command and --resume"
+_logger = logging.getLogger(__name__)
+_MEANING = {
+    "recipe": "the recipe",
+    "weights": "the model's weights",
+    "graph": "the model's code",
+    "calibration": "the calibration set",
+}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Hashes of everything that decides the result; a run resumes only where all four are the same."""
+
+    recipe: str
+    weights: str
+    graph: str
+    calibration: str
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What ``run.json`` holds besides status and environment."""
+
+    model: str
+    weights: str
+    preprocessing: dict[str, Any]
+    num_outputs: int
+    calibration: dict[str, Any]
+    fingerprint: Fingerprint
+    blocks: list[str]
+    device: str
+    command: str | None = None
+
+
+def hash_graph(module: fx.GraphModule) -> str:
+    """Hash of a network's operators and constants; the weights of its layers have a hash of their own."""
+    digest = hashlib.sha256(str(module.code).encode())
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and any(role(user) is not Role.WEIGHTED for user in node.users):
+            digest.update(attribute(module, node).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class RunDirectory:
+    """Writes one run's files; reading a finished run is ``load_run``.
+
+    Args:
+        path: The directory; made on ``start``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was begun here; one that failed before its first block leaves only a log."""
+        return (self.path / RUN_FILE).exists()
+
+    def is_free(self) -> bool:
+        """Whether a new run can be written here."""
+        try:
+            self.require_free(resume=False)
+        except UsageError:
+            return False
+        return True
+
+    def require_free(self, *, resume: bool) -> None:
+        """Fail early where a run could not be written, or would land among files that are not its own.
+
+        Raises:
+            UsageError: The directory holds a run and ``resume`` is off, or it holds something else.
+        """
+        other = "choose another --out"
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"--out {self.path} is a file", hint=other)
+        if self.holds_run:
+            if not resume:
+                raise UsageError(
+                    f"{self.path} already holds a run", hint=f"continue it with --resume, or {other}"
+                )
+            return
+        found = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+        foreign = sorted(name for name in found if name not in _OWN_NAMES and not name.startswith("."))
+        if foreign:
+            raise UsageError(f"--out {self.path} holds other files: {', '.join(foreign[:3])}", hint=other)
+
+    def start(self, info: RunInfo, recipe: Recipe, program: ExportedProgram | None, *, resume: bool) -> int:
+        """Begin or resume; returns how many blocks are already done.
+
+        Raises:
+            UsageError: The directory holds a run and ``resume`` is off, or it holds something else.
+            RecipeError: What is resumed is not the same run.
+            InputError: The directory cannot be written.
+        """
+        self.require_free(resume=resume)
+        done = 0
+        if self.holds_run:
+            self._require_same(info.fingerprint)
+            done = self._done(info.blocks)
+        try:
+            (self.path / "blocks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cannot make {self.path}: {error.strerror}", hint="choose a writable --out"
+            ) from None
+        write_atomically(self.path / RECIPE_FILE, recipe.dump())
+        if program is not None:
+            write_atomically(self.path / FLOAT_FILE, program_bytes(program))
+        self._write_info(info, "running")
+        return done
+
+    def _require_same(self, now: Fingerprint) -> None:
+        before = read_info(self.path)["fingerprint"]
+        changed = [_MEANING[key] for key, value in asdict(now).items() if before.get(key) != value]
+        if changed:
+            raise RecipeError(
+                f"cannot resume {self.path}: {' and '.join(changed)} changed since it was started",
+                hint="use the same recipe, model and images, or start afresh with another --out",
+            )
+
+    def _done(self, names: list[str]) -> int:
+        for index, name in enumerate(names):
+            if not (self.block_path(index, name, ".json").exists() and self.block_path(index, name).exists()):
+                return index
+            try:
+                read_state(self.block_path(index, name))
+                history = _read_history(self.block_path(index, name, ".json"))
+                if history.augmentation:  # the augmenter goes on from where this block left it
+                    read_state(self.path / AUGMENTATION / self.block_path(index, name).name)
+            except InputError as error:
+                _logger.warning("%s; learning goes on from this block", error.message)
+                return index
+        return len(names)
+
+    def block_path(self, index: int, name: str, suffix: str = ".safetensors") -> Path:
+        """File of one block's state (``.safetensors``) or history (``.json``)."""
+        return self.path / "blocks" / f"{index:03d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}{suffix}"
+
+    def save_block(self, block: Block, history: BlockHistory) -> None:
+        """Write one finished block: its state first, then the history that marks it as done."""
+        write_atomically(self.block_path(block.index, block.name), save(block.state()))
+        write_atomically(self.block_path(block.index, block.name, ".json"), json.dumps(asdict(history)))
+
+    def load_block(self, block: Block) -> BlockHistory:
+        """Load one finished block into its quantizers and return its history."""
+        path = self.block_path(block.index, block.name)
+        try:
+            block.load(read_state(path))
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{path} does not hold block {block.name}: {error}", hint=_REPAIR) from None
+        return _read_history(self.block_path(block.index, block.name, ".json"))
+
+    def finish(self, info: RunInfo, metrics: dict[str, Any]) -> None:
+        """Write the metrics and mark the run as complete."""
+        write_atomically(self.path / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+        (self.path / ONNX_FILE).unlink(missing_ok=True)  # of an earlier state; made again when asked for
+        self._write_info(info, "complete")
+
+    def _write_info(self, info: RunInfo, status: str) -> None:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        content = {"schema_version": SCHEMA_VERSION, "status": status, "written": now, **asdict(info)}
+        content["environment"] = environment()
+        write_atomically(self.path / RUN_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file of a run.
+
+    Raises:
+        InputError: It is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {path}: {error}", hint=_REPAIR) from None
+
+
+def _read_history(path: Path) -> BlockHistory:
+    try:
+        return BlockHistory(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"cannot read {path}: {error}", hint=_REPAIR) from None
+
+
+def read_metrics(run_dir: Path) -> dict[str, Any]:
+    """The content of ``metrics.json``; empty, with a warning, where it cannot be read."""
+    path = run_dir / METRICS_FILE
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        _logger.warning("cannot read %s: %s", path, error)
+        return {}
+    return metrics if isinstance(metrics, dict) else {}
+
+
+def program_bytes(program: ExportedProgram) -> bytes:
+    """A program as the content of a ``.pt2`` file."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def read_info(run_dir: Path) -> dict[str, Any]:
+    """The content of ``run.json``.
+
+    Raises:
+        InputError: It is not a run directory, or a later version's.
+    """
+    path = run_dir / RUN_FILE
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(
+            f"{run_dir} is not a run directory (no readable {RUN_FILE})",
+            hint="give the --out directory of `metaaug quantize`",
+        ) from None
+    if not isinstance(info, dict) or "schema_version" not in info:
+        raise InputError(f"{path} is not a run's", hint="start afresh with another --out")
+    if info["schema_version"] != SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema version {info['schema_version']}, this metaaug reads {SCHEMA_VERSION}",
+            hint="use the release of metaaug that wrote the run",
+        )
+    if missing := sorted(_RUN_KEYS - info.keys()):
+        raise InputError(f"{path} lacks {', '.join(missing)}", hint="start afresh with another --out")
+    return info
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read back: everything to evaluate and export it without the user's own code."""
+
+    path: Path
+    info: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the network's input."""
+        return Preprocessing.from_dict(self.info["preprocessing"])
+
+    @property
+    def num_outputs(self) -> int:
+        """Classes of the network."""
+        return int(self.info["num_outputs"])
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(C, H, W) of the network's input."""
+        preprocessing = self.preprocessing
+        return (preprocessing.channels, *preprocessing.size)
+
+    @cached_property
+    def chain(self) -> Chain:
+        """The network as blocks, quantizers loaded."""
+        from metaaug_cli.prepare import prepare_chain
+
+        chain = prepare_chain(self._program(), self.input_size, self.recipe)
+        directory = RunDirectory(self.path)
+        for block in chain.blocks:
+            directory.load_block(block)
+        return chain
+
+    def _program(self) -> ExportedProgram:
+        try:
+            return load_program(self.path / FLOAT_FILE)
+        except InputError as error:
+            raise InputError(error.message, hint=_REPAIR) from None
+
+    @property
+    def float_module(self) -> fx.GraphModule:
+        """The float network, batch norms folded."""
+        return self.chain.module
+
+    @cached_property
+    def deployed_module(self) -> fx.GraphModule:
+        """The deployed network as it is exported; ``IntegerSimulation`` runs it as integer hardware does."""
+        from metaaug_cli.deployment.deploy import deploy
+
+        return deploy(self.chain)
+
+    @property
+    def onnx_path(self) -> Path:
+        """The exported file inside the run directory; written when it is first asked for."""
+        path = self.path / ONNX_FILE
+        if not path.exists():
+            from metaaug_cli.deployment.export import export_onnx
+
+            export_onnx(self.deployed_module, input_size=self.input_size, path=path, manifest=self.manifest())
+        return path
+
+    def manifest(self) -> Manifest:
+        """What the exported file says about itself."""
+        from metaaug_cli.prepare import method_label
+
+        placement = self.chain.placement
+        fingerprint = self.info["fingerprint"]
+        return Manifest(
+            model=self.info["model"],
+            placement=self.recipe.quantization.placement,
+            method=method_label(self.recipe),
+            weight_bits={w.name: w.bits for w in placement.weights.values()},
+            act_bits={a.name: a.bits for a in placement.activations.values()},
+            recipe=self.recipe.model_dump(mode="json"),
+            recipe_sha256=fingerprint["recipe"],
+            weights_sha256=fingerprint["weights"],
+            calibration_sha256=fingerprint["calibration"],
+            preprocessing=self.info["preprocessing"],
+            metrics=read_metrics(self.path),
+        )
+
+
+def load_run(run_dir: Path | str) -> Run:
+    """Read a finished run.
+
+    Raises:
+        InputError: It is not a run directory, or the run is not finished.
+    """
+    path = Path(run_dir)
+    info = read_info(path)
+    if info["status"] != "complete":
+        done = len(list((path / "blocks").glob("*.json")))
+        raise InputError(
+            f"the run in {path} is not finished: {done} of {len(info['blocks'])} blocks are done",
+            hint="continue it with the same `metaaug quantize` command and --resume",
+        )
+    if not (path / FLOAT_FILE).exists():
+        raise InputError(f"{path / FLOAT_FILE} is missing", hint=_REPAIR)
+    return Run(path, info, _read_recipe(path / RECIPE_FILE, info["fingerprint"]["recipe"]))
+
+
+def _read_recipe(path: Path, sha256: str) -> Recipe:
+    """The run's recipe; one that was edited since would describe another network than the blocks hold."""
+    try:
+        recipe = load_recipe(path)
+    except RecipeError as error:
+        raise InputError(error.message, hint=_REPAIR) from None
+    if recipe.sha256() != sha256:
+        raise InputError(f"{path} is not the recipe this run was made with", hint=_REPAIR)
+    return recipe

@@ -1,0 +1,1 @@
+"""Calibration images made from the network alone."""
