@@ -23,6 +23,26 @@ Step = Callable[..., Values]
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Some rows and behind them others, each where it lies: joined without a copy.
+
+    Args:
+        first: (N, …).
+        second: (M, …), perhaps on another device.
+    """
+
+    first: Rows
+    second: Rows
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+
+Rows = Tensor | Parts
+Stored = tuple[Rows, ...]
+
+
+@dataclass(frozen=True)
 class Budget:
     """How many bytes of activations may be kept, per place."""
 
@@ -64,21 +84,21 @@ class Stream:
     """One stream's values at the current cut: stored, or the steps that lead there from what is stored.
 
     Args:
-        values: (N, …) tensors at the start of the chain.
+        values: (N, …) at the start of the chain.
         device: Where batches are delivered.
     """
 
-    def __init__(self, values: Values, device: torch.device) -> None:
+    def __init__(self, values: Stored, device: torch.device) -> None:
         self.stored, self.device = values, device
         self.pending: list[Step] = []
 
     def __len__(self) -> int:
-        return int(self.stored[0].shape[0])
+        return len(self.stored[0])
 
     @torch.no_grad()
     def batch(self, indices: Tensor) -> Values:
         """The values of some images on the device; ``indices`` is a 1-d integer tensor on the CPU."""
-        values = tuple(_take(t, indices).to(self.device, non_blocking=True) for t in self.stored)
+        values = tuple(_take(rows, indices, self.device) for rows in self.stored)
         for step in self.pending:
             values = step(*values)
         return values
@@ -88,7 +108,7 @@ class Stream:
         if place is not None and self.pending:
             self.replace(self.compute(place))
 
-    def replace(self, values: Values) -> None:
+    def replace(self, values: Stored) -> None:
         """Take ``values`` (N, …) as the stored values at the current cut."""
         self.stored, self.pending = values, []
 
@@ -118,8 +138,14 @@ def _pin(place: torch.device, device: torch.device) -> bool:
     return place.type == "cpu" and device.type == "cuda"
 
 
-def _take(tensor: Tensor, indices: Tensor) -> Tensor:
-    return tensor.index_select(0, indices.to(tensor.device))
+def _take(rows: Rows, indices: Tensor, device: torch.device) -> Tensor:
+    if isinstance(rows, Tensor):
+        return rows.index_select(0, indices.to(rows.device)).to(device, non_blocking=True)
+    behind = indices >= len(rows.first)
+    first = _take(rows.first, indices[~behind], device)
+    second = _take(rows.second, indices[behind] - len(rows.first), device)
+    places = behind.long().argsort(stable=True).argsort()
+    return torch.cat([first, second]).index_select(0, places.to(device))
 
 
 def place_for(needed: int, budget: Budget) -> torch.device | None:
@@ -138,7 +164,7 @@ class BlockData:
     float_stream: Stream
     quantized_stream: Stream
     float_block: Step
-    targets: Values | None
+    targets: Stored | None
     computed: Sequence[int]
     originals: int | None = None
 
@@ -168,4 +194,4 @@ class BlockData:
             outputs = self.float_block(*h_fp)
             return h_fp, h_q, tuple(outputs[i] for i in self.computed)
         device = self.float_stream.device
-        return h_fp, h_q, tuple(_take(self.targets[i], indices).to(device) for i in self.computed)
+        return h_fp, h_q, tuple(_take(self.targets[i], indices, device) for i in self.computed)

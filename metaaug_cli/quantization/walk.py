@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from metaaug_cli.quantization.blocks import Block
-from metaaug_cli.quantization.cache import BlockData, Budget, Stream, Values, place_for, stage_bytes
+from metaaug_cli.quantization.cache import (
+    BlockData,
+    Budget,
+    Parts,
+    Rows,
+    Stored,
+    Stream,
+    place_for,
+    stage_bytes,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -21,10 +30,10 @@ class Lane:
         device: Where batches are delivered.
     """
 
-    def __init__(self, images: Tensor, device: torch.device) -> None:
+    def __init__(self, images: Rows, device: torch.device) -> None:
         self.float_stream = Stream((images,), device)
         self.quantized_stream = Stream((images,), device)
-        self.targets: Values | None = None
+        self.targets: Stored | None = None
 
     def __len__(self) -> int:
         return len(self.float_stream)
@@ -63,23 +72,22 @@ class Lane:
             originals,
         )
 
-    def joined(self, other: Lane, place: torch.device) -> Lane:
-        """Both lanes' images as one, kept on ``place``; both store the same block's inputs."""
+    def joined(self, other: Lane) -> Lane:
+        """Both lanes' images as one, each part where it lies; both store the same block's inputs."""
         lane = Lane(self.float_stream.stored[0], self.float_stream.device)
         pairs = (
             (lane.float_stream, self.float_stream, other.float_stream),
             (lane.quantized_stream, self.quantized_stream, other.quantized_stream),
         )
         for stream, first, second in pairs:
-            stream.stored = _cat(first.stored, second.stored, place)
+            stream.stored = _in_parts(first.stored, second.stored)
         if self.targets is not None and other.targets is not None:
-            lane.targets = _cat(self.targets, other.targets, place)
+            lane.targets = _in_parts(self.targets, other.targets)
         return lane
 
 
-def _cat(first: Values, second: Values, place: torch.device) -> Values:
-    # Moved before they are joined: what fits a device alone may not fit it together.
-    return tuple(torch.cat([a.to(place), b.to(place)]) for a, b in zip(first, second, strict=True))
+def _in_parts(first: Stored, second: Stored) -> Stored:
+    return tuple(Parts(a, b) for a, b in zip(first, second, strict=True))
 
 
 class Walker:
@@ -120,7 +128,7 @@ class Walker:
         lane = Lane(copies, self.device)
         self._catch_up(lane)
         lane.enter(block, place)
-        return self.main.joined(lane, place).data(block, self.originals)
+        return self.main.joined(lane).data(block, self.originals)
 
     def held_back_data(self, block: Block) -> BlockData | None:
         """The entered block's data of the held-back images, if there are any."""

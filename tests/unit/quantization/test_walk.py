@@ -61,15 +61,29 @@ def test_copies_that_join_late_are_where_they_had_been_from_the_start(blocks, ro
     assert len(data.float_stream) == 15
 
 
-def test_joined_lanes_lie_where_both_together_have_room(blocks):
-    """The originals alone may fit a device that they and their copies together do not fit."""
+def test_joining_copies_nothing(blocks):
     lanes = [Lane(pictures, CPU) for pictures in (ORIGINALS, COPIES)]
     for lane in lanes:
         lane.enter(blocks[0], CPU)
-    joined = lanes[0].joined(lanes[1], torch.device("meta"))
-    values = [*joined.float_stream.stored, *joined.quantized_stream.stored, *joined.targets]
-    assert [v.device.type for v in values] == ["meta"] * 3
-    assert all(len(v) == len(ORIGINALS) + len(COPIES) for v in values)
+    joined = lanes[0].joined(lanes[1])
+    for name in ("float_stream", "quantized_stream"):
+        (parts,) = getattr(joined, name).stored
+        assert parts.first is getattr(lanes[0], name).stored[0]
+        assert parts.second is getattr(lanes[1], name).stored[0]
+    (targets,) = joined.targets
+    assert [targets.first.data_ptr(), targets.second.data_ptr()] == [x.targets[0].data_ptr() for x in lanes]
+
+
+def test_joined_images_come_in_the_order_asked_for(blocks):
+    made = walker(ORIGINALS)
+    walk_to(made, blocks, 1)
+    data = made.with_copies(blocks[1], COPIES)
+    order = torch.tensor([14, 0, 3, 9, 3, 6, 5, 14])
+    for values, rows in zip(data.batch(order), everything(data), strict=True):
+        for value, row in zip(values, rows, strict=True):
+            torch.testing.assert_close(value, row[order], rtol=1e-5, atol=1e-6)
+    only_copies = data.batch(order[order > 5])[0][0]
+    torch.testing.assert_close(only_copies, everything(data)[0][0][order[order > 5]], rtol=1e-5, atol=1e-6)
 
 
 def test_the_originals_walk_on_alone_after_copies_joined(blocks):
