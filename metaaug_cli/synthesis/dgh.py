@@ -203,14 +203,15 @@ class _Synthesis:
         """One step of the next batch; at the end of a pass, perhaps a lower rate."""
         index = self.step % len(self.batches)
         moments, observation = self._observe(index, self.step)
-        total = moments
+        total, stretch = moments, self.loss.stretch(observation)
         if self.settings.whole_set:
             others = self.seen * self.shares
             total = others.sum(0) - others[index] + moments * self.shares[index]
+            stretch = stretch * self.shares[index].squeeze()  # both terms are the set's, however it is split
             self.seen[index] = moments.detach()
         match = self.loss.match(total)
         self.optimizer.zero_grad(set_to_none=True)
-        (match + self.loss.stretch(observation)).backward()
+        (match + stretch).backward()
         self.optimizer.step()  # steps the current batch only: the others have no gradient
         self.epoch_loss += float(match.detach()) / len(self.batches)
         self.step += 1

@@ -148,6 +148,20 @@ def test_no_layer_counts_for_the_size_of_its_values():
     torch.testing.assert_close(*losses)
 
 
+def test_the_direction_of_a_step_does_not_depend_on_how_the_set_is_split(monkeypatch):
+    monkeypatch.setitem(STRETCH_WEIGHT, "plain", 0.1)  # both terms count
+    pixels, gradients = torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(3)), []
+    for batch_size in (4, 2):
+        options = SMALL | {"num": 4, "batch_size": batch_size, "preprocessing": False}
+        synthesis = _Synthesis(model(), SynthesisSettings(**options), torch.device("cpu"))
+        for batch, part in zip(synthesis.batches, pixels.split(batch_size), strict=True):
+            batch.data.copy_(part)
+        synthesis.observe_all()
+        synthesis.take_step()
+        gradients.append(synthesis.batches[0].grad[:2])
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_step_changes_one_batch_only():
     synthesis = _Synthesis(model(), SynthesisSettings(**SMALL), torch.device("cpu"))
     synthesis.observe_all()
