@@ -60,7 +60,7 @@ RecipeOpt = Annotated[
         "--recipe",
         metavar="NAME|FILE",
         help="w8a8, w4a4, w2a4, w2a2; the last three with -metaaug or -metaaug-fast for copies that are "
-        "learned; few-shot-32; or a YAML file.",
+        "learned; few-shot-32, few-shot-32-synthetic; or a YAML file.",
         rich_help_panel=METHOD_PANEL,
     ),
 ]
