@@ -217,6 +217,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metaaug-speed": tables_metaaug.speed,
     "data-free-resnet20": lambda: tables_calibration.data_free("resnet20"),
     "data-free-mobilenet": lambda: tables_calibration.data_free("mobilenet_v1_075"),
+    "data-free-ablation": tables_calibration.data_free_ablation,
     "data-free-cost": tables_calibration.data_free_cost,
     "calibration-check": tables_calibration.calibration_check,
     "duplicates": tables_calibration.duplicates,

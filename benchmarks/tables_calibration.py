@@ -7,13 +7,28 @@ from collections import defaultdict
 
 from tables_common import Record, markdown, records, spread
 
-_KINDS = ("real", "dgh", "noise")
+_KINDS = ("real", "dgh", "published distance", "noise")
 
 
 def data_free(model: str) -> str:
-    """Real, synthetic and noise images side by side, and the ideas one by one."""
-    found = [r for r in records("data_free") if r["model"] == model]
-    kinds = list(dict.fromkeys([*_KINDS, *(r["images_from"] for r in found)]))
+    """Real, synthetic and noise images side by side."""
+    return _data_free([r for r in records("data_free") if r["model"] == model], _KINDS)
+
+
+def data_free_ablation() -> str:
+    """ResNet-20's synthetic images with each idea removed or changed."""
+    found = [r for r in records("data_free") if r["model"] == "resnet20"]
+    changed = {r["images_from"] for r in found} - set(_KINDS)
+    first = "published distance" if any("published" in kind for kind in changed) else "dgh"
+    cells = {_cell(r) for r in found if r["images_from"] in changed}
+    return _data_free([r for r in found if _cell(r) in cells], (first, *sorted(changed)))
+
+
+def _cell(record: Record) -> tuple[object, ...]:
+    return tuple(record[key] for key in ("bits", "placement", "method", "iterations"))
+
+
+def _data_free(found: list[Record], kinds: tuple[str, ...]) -> str:
     rows = []
     groups: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for r in found:
@@ -21,8 +36,9 @@ def data_free(model: str) -> str:
         groups[r["bits"], r["placement"], method][r["images_from"]].append(r["onnxruntime"])
     for (bits, placement, method), values in groups.items():
         cells = [f"{spread(values[k])} ({len(values[k])})" if k in values else "" for k in kinds]
-        rows.append([bits.upper(), placement, method, *cells])
-    return markdown(["bits", "placement", "method", *kinds], rows)
+        if any(cells):
+            rows.append([bits.upper(), placement, method, *cells])
+    return markdown(["bits", "placement", "method", *(k.rpartition(", ")[2] for k in kinds)], rows)
 
 
 def data_free_cost() -> str:
