@@ -45,7 +45,7 @@ Key = dict[str, Any]
 
 
 def resnet20_keys() -> Iterator[Key]:
-    """Main comparison first, then ablations, then the remaining bit-widths."""
+    """Main comparison first, then the ablations."""
     near, learned, short = ("nearest", 1), ("genie", 300), ("genie", 100)
     groups = [
         (["w4a4", "w8a8"], ["integer"], [near], MAIN),

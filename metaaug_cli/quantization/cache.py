@@ -144,7 +144,9 @@ def _take(rows: Rows, indices: Tensor, device: torch.device) -> Tensor:
     behind = indices >= len(rows.first)
     first = _take(rows.first, indices[~behind], device)
     second = _take(rows.second, indices[behind] - len(rows.first), device)
-    places = behind.long().argsort(stable=True).argsort()
+    places = (
+        behind.long().argsort(stable=True).argsort()
+    )  # where each row asked for lies in the two behind each other
     return torch.cat([first, second]).index_select(0, places.to(device))
 
 
