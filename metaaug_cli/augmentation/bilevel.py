@@ -18,7 +18,8 @@ from torch.func import functional_call
 from metaaug_cli.augmentation.passes import Passes, Views
 from metaaug_cli.quantization.blocks import Block
 from metaaug_cli.quantization.cache import Values
-from metaaug_cli.quantization.functional import drop_mask, soft_rounding
+from metaaug_cli.quantization.drops import drop_mask
+from metaaug_cli.quantization.functional import soft_rounding
 from metaaug_cli.quantization.losses import (
     annealed_beta,
     logit_divergence,
@@ -278,11 +279,12 @@ def inner_mode(block: Block, quant_prob: float, drops: torch.Generator) -> Itera
 
 @contextmanager
 def _undropped(block: Block) -> Iterator[None]:
-    kept = {act: act.quant_prob for act in block.activations.values()}
-    for act in kept:
-        act.quant_prob = 1.0
+    """No dropping, as deployed; differentiable once, which is all that a validation needs."""
+    kept = [(act, act.quant_prob, act.twice_differentiable) for act in block.activations.values()]
+    for act, _, _ in kept:
+        act.quant_prob, act.twice_differentiable = 1.0, False
     try:
         yield
     finally:
-        for act, quant_prob in kept.items():
-            act.quant_prob = quant_prob
+        for act, quant_prob, twice_differentiable in kept:
+            act.quant_prob, act.twice_differentiable = quant_prob, twice_differentiable

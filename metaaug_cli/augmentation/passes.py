@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from metaaug_cli.graph.ops import WEIGHTED
+from metaaug_cli.layout import fast_layout
 from metaaug_cli.quantization.blocks import Block
 from metaaug_cli.quantization.cache import Values
 
@@ -42,8 +43,8 @@ class Passes:
 
     def prefixes(self, images: Tensor, before: int) -> tuple[Values, Values]:
         """(full-precision, quantized) inputs of block ``before``; gradients reach the images."""
-        h_fp: Values = (images,)
-        h_q: Values = (images,)
+        h_fp: Values = (fast_layout(images),)
+        h_q: Values = h_fp
         for block in self.blocks[:before]:
             h_fp, h_q = block.float_block(*h_fp), block.quantized_block(*h_q)
         return h_fp, h_q
@@ -63,7 +64,7 @@ class Passes:
     @torch.no_grad()
     def views(self, images: Tensor, device: torch.device) -> Views:
         """Views of all images (N, C, H, W), kept on ``device``."""
-        parts = [self.rest((part.to(device),), 0) for part in images.split(_CHUNK)]
+        parts = [self.rest((fast_layout(part.to(device)),), 0) for part in images.split(_CHUNK)]
         return Views(torch.cat([p.features for p in parts]), torch.cat([p.logits for p in parts]))
 
 

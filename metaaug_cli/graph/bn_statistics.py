@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +14,7 @@ from metaaug_cli.graph.capture import capture_unfolded
 from metaaug_cli.graph.graph_tools import attribute
 from metaaug_cli.graph.normalize import BATCH_NORMS, batch_norm_epsilon
 from metaaug_cli.graph.ops import CONVOLUTIONS, PASSTHROUGH, WEIGHTED
+from metaaug_cli.layout import fast_layout
 
 aten = torch.ops.aten
 
@@ -97,6 +99,8 @@ class BatchNormProbe:
         if not nodes:
             raise _no_batch_norms(module)
         self.layers = _layers(module, nodes)
+        for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default  # a view depends on how activations lie in memory
         output = next(n for n in module.graph.nodes if n.op == "output")
         (result,) = output.all_input_nodes
         last = _classifier(result)
@@ -112,7 +116,7 @@ class BatchNormProbe:
         Args:
             images: Normalised (N, C, H, W), on the device the probe is on.
         """
-        outputs, inputs, features = self.module(images)
+        outputs, inputs, features = self.module(fast_layout(images))
         moments = [_moments(x) for x in inputs]
         return Observation(moments, outputs.float(), features[0].float().flatten(1) if features else None)
 
@@ -145,9 +149,27 @@ def batch_norm_probe(
 
 def _moments(x: Tensor) -> Moments:
     """Per-channel moments of (N, C, …), in float32 whatever precision computed it."""
-    x = x.float()
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    return Moments(x.mean(axes), x.square().mean(axes))
+    return Moments(*_ChannelMoments.apply(x.float()))
+
+
+class _ChannelMoments(torch.autograd.Function):
+    """Mean and mean square per channel; the gradient takes one pass over memory and keeps the layout."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        return x.mean(axes), x.square().mean(axes)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, to_mean: Tensor, to_second: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        per_channel = (1, -1, *[1] * (x.dim() - 2))
+        values = x.numel() / x.shape[1]
+        return torch.addcmul(
+            (to_mean / values).view(per_channel), x, (2.0 * to_second / values).view(per_channel)
+        )
 
 
 def _layers(module: fx.GraphModule, nodes: list[fx.Node]) -> list[BatchNormLayer]:

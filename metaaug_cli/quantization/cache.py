@@ -8,12 +8,13 @@ room it is recomputed from the last point that was kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from metaaug_cli.graph.stages import Stage, value_bytes
+from metaaug_cli.layout import Layout
 
 _CHUNK = 64
 _DEFAULT_SHARE = 0.5
@@ -124,30 +125,36 @@ class Stream:
             indices = torch.arange(start, min(start + _CHUNK, len(self)))
             for number, value in enumerate(self.batch(indices)):
                 if start == 0:
-                    shape = (len(self), *value.shape[1:])
-                    kept.append(
-                        torch.empty(
-                            shape, dtype=value.dtype, device=place, pin_memory=_pin(place, self.device)
-                        )
-                    )
+                    kept.append(_room(value, len(self), place))
                 kept[number][start : start + len(value)] = value
         return tuple(kept)
 
 
-def _pin(place: torch.device, device: torch.device) -> bool:
-    return place.type == "cpu" and device.type == "cuda"
+def _room(first: Tensor, count: int, place: torch.device) -> Tensor:
+    """Room on ``place`` for ``count`` rows like those of ``first``, in its layout."""
+    layout = replace(Layout.of(first), shape=torch.Size((count, *first.shape[1:])))
+    pinned = place.type == "cpu" and first.device.type == "cuda"
+    flat = torch.empty(layout.shape.numel(), dtype=first.dtype, device=place, pin_memory=pinned)
+    return layout.shaped(flat)
 
 
 def _take(rows: Rows, indices: Tensor, device: torch.device) -> Tensor:
     if isinstance(rows, Tensor):
-        return rows.index_select(0, indices.to(rows.device)).to(device, non_blocking=True)
+        return _select(rows, indices.to(rows.device)).to(device, non_blocking=True)
     behind = indices >= len(rows.first)
     first = _take(rows.first, indices[~behind], device)
     second = _take(rows.second, indices[behind] - len(rows.first), device)
     places = (
         behind.long().argsort(stable=True).argsort()
     )  # where each row asked for lies in the two behind each other
-    return torch.cat([first, second]).index_select(0, places.to(device))
+    return _select(torch.cat([first, second]), places.to(device))
+
+
+def _select(rows: Tensor, indices: Tensor) -> Tensor:
+    """Some of the rows, in their layout, which torch would give up."""
+    if Layout.of(rows).channels_last:
+        return rows.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
+    return rows.index_select(0, indices)
 
 
 def place_for(needed: int, budget: Budget) -> torch.device | None:

@@ -6,7 +6,6 @@ Codes are unsigned, 0 … 2^bits - 1, with an integer zero point; a value is ``s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,54 +36,6 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int)
     clamped = codes.detach().clamp(0 - zero_point, 2**bits - 1 - zero_point)
     # A clamp by tensors would halve the gradient of codes that lie exactly on the grid's ends.
     return torch.where(clamped == codes.detach(), codes, clamped) * scale
-
-
-def drop_mask(like: Tensor, prob: float, generator: torch.Generator | None) -> Tensor:
-    """A float mask shaped like ``like``: 1 with probability ``prob`` (in steps of 1/256), else 0."""
-    threshold = round(prob * 256)
-    if threshold == 256:  # not a uint8: the comparison below would wrap it to 0
-        return torch.ones_like(like)
-    words = -(-like.numel() // 8)  # eight draws a word: the cheapest source
-    bits = torch.randint(-(2**63), 2**63 - 1, (words,), generator=generator, device=like.device)
-    drawn = bits.view(torch.uint8)[: like.numel()] < threshold
-    return drawn.to(like.dtype).view(like.shape)
-
-
-def drop_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, mask: Tensor) -> Tensor:
-    """``fake_quantize`` where ``mask`` is 1 and ``x`` where it is 0 (QDrop: Wei et al., ICLR 2022, eq. 4).
-
-    Values and gradients are those of the plain formula in a fraction of its memory traffic; first order only.
-
-    Args:
-        x: Any shape.
-        scale: ().
-        zero_point: (), a whole number.
-        bits: Grid width, 2 to 8.
-        mask: 0 or 1, shaped like ``x``.
-    """
-    result = _DropFakeQuantize.apply(x, scale, zero_point, bits, mask)
-    assert isinstance(result, Tensor)
-    return result
-
-
-class _DropFakeQuantize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, mask: Tensor) -> Tensor:
-        scaled = x / scale
-        rounded = torch.round(scaled)
-        codes = rounded.clamp(-zero_point, 2**bits - 1 - zero_point)
-        inside = (rounded == codes).to(x.dtype)
-        # d out / d scale = mask * (codes - inside * scaled); d out / d x = 1 - mask * (1 - inside)
-        to_scale = torch.addcmul(codes, inside, scaled, value=-1.0).mul_(mask)
-        to_x = torch.addcmul(torch.ones_like(x), mask, inside - 1.0)
-        ctx.save_for_backward(to_x, to_scale)
-        return torch.lerp(x, codes.mul_(scale), mask)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        to_x, to_scale = ctx.saved_tensors
-        return grad * to_x, torch.dot(grad.flatten(), to_scale.flatten()), None, None, None
 
 
 def round_ste(x: Tensor) -> Tensor:

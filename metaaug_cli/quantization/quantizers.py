@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from metaaug_cli.quantization.drops import drop_mask
 from metaaug_cli.quantization.functional import (
-    drop_fake_quantize,
-    drop_mask,
     fake_quantize,
     inverse_soft_rounding,
     nearest_power_of_two,
     search_scale,
     soft_rounding,
 )
+from metaaug_cli.quantization.fused import drop_fake_quantize
 
 _SEARCH_SAMPLE = 1 << 17
 _STEP_PRIME = 2_654_435_761  # near 2^32 over the golden ratio, which spreads its multiples
@@ -191,12 +191,14 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid, or mixed element by element with full precision while training."""
+        if not self.twice_differentiable:
+            return drop_fake_quantize(
+                x, self.scale, self.zero_point, self.bits, prob=self.quant_prob, generator=self.generator
+            )
+        quantized = fake_quantize(x, self.scale, self.zero_point, self.bits)
         if self.quant_prob >= 1.0:
-            return fake_quantize(x, self.scale, self.zero_point, self.bits)
-        mask = drop_mask(x, self.quant_prob, self.generator)
-        if self.twice_differentiable:
-            return torch.lerp(x, fake_quantize(x, self.scale, self.zero_point, self.bits), mask)
-        return drop_fake_quantize(x, self.scale, self.zero_point, self.bits, mask)
+            return quantized
+        return torch.lerp(x, quantized, drop_mask(x, self.quant_prob, self.generator))
 
     def state(self) -> dict[str, Tensor]:
         """Scale (float32) and zero point (uint8), both 0-d."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from metaaug_cli.quantization.blocks import Block
 from metaaug_cli.quantization.cache import BlockData, Values
-from metaaug_cli.quantization.functional import drop_mask
-from metaaug_cli.quantization.losses import annealed_beta, reconstruction_loss, rounding_regularizer
+from metaaug_cli.quantization.drops import drop_mask
+from metaaug_cli.quantization.fused import squared_error
+from metaaug_cli.quantization.losses import annealed_beta, rounding_regularizer
 
 _RATE_BUDGET = 5_000
 _LARGEST_RATE_FACTOR = 25.0
@@ -114,8 +115,12 @@ def probe_loss(block: Block, data: BlockData, indices: Tensor, chunk: int = 64) 
     for part in indices.split(chunk):
         _, h_q, targets = data.batch(part)
         outputs = block.quantized_block(*h_q)
-        total += float(reconstruction_loss([outputs[i] for i in block.computed], targets)) * len(part)
+        total += float(_loss([outputs[i] for i in block.computed], targets)) * len(part)
     return total / len(indices)
+
+
+def _loss(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    return torch.stack([squared_error(o, t) for o, t in zip(outputs, targets, strict=True)]).sum()
 
 
 def mix(quantized: Values, full_precision: Values, quant_prob: float, generator: torch.Generator) -> Values:
@@ -134,7 +139,7 @@ def training_step_runs(block: Block, inputs: Values, schedule: Schedule) -> None
         outputs = block.quantized_block(*mix(inputs, inputs, schedule.quant_prob, drops))
         kept = [outputs[i] for i in block.computed], [targets[i] for i in block.computed]
         regularizer = rounding_regularizer([q.rounding() for q in block.weights.values()], schedule.beta_end)
-        (reconstruction_loss(*kept) + regularizer).backward()
+        (_loss(*kept) + regularizer).backward()
     block.quantized_block.zero_grad(set_to_none=True)
 
 
@@ -187,7 +192,7 @@ class _Learner:
         indices = self.data.draw(schedule.batch_size, self.generator)
         h_fp, h_q, targets = self.data.batch(indices)
         outputs = self.block.quantized_block(*mix(h_q, h_fp, schedule.quant_prob, self.drops))
-        reconstruction = reconstruction_loss([outputs[i] for i in self.block.computed], targets)
+        reconstruction = _loss([outputs[i] for i in self.block.computed], targets)
         beta = annealed_beta(
             step,
             schedule.iterations,

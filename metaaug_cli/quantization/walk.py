@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from metaaug_cli.layout import fast_layout
 from metaaug_cli.quantization.blocks import Block
 from metaaug_cli.quantization.cache import (
     BlockData,
@@ -31,6 +32,8 @@ class Lane:
     """
 
     def __init__(self, images: Rows, device: torch.device) -> None:
+        if isinstance(images, Tensor) and device.type == "cpu":
+            images = fast_layout(images)
         self.float_stream = Stream((images,), device)
         self.quantized_stream = Stream((images,), device)
         self.targets: Stored | None = None

@@ -14,7 +14,7 @@ from metaaug_cli.augmentation.bilevel import BiLevel, MetaSchedule, inner_mode
 from metaaug_cli.augmentation.passes import Passes
 from metaaug_cli.graph.capture import capture
 from metaaug_cli.graph.placement import Bits, place
-from metaaug_cli.quantization import functional
+from metaaug_cli.quantization import functional, quantizers
 from metaaug_cli.quantization.blocks import build_chain, search_activation_scales
 from metaaug_cli.quantization.reconstruct import Schedule
 
@@ -46,6 +46,9 @@ def residual():
 def smooth(monkeypatch):
     """Rounding left out, so that a finite difference sees what the straight-through gradient assumes."""
     monkeypatch.setattr(functional, "round_ste", lambda x: x)
+    monkeypatch.setattr(
+        quantizers, "drop_fake_quantize", lambda *tensors, **_: functional.fake_quantize(*tensors)
+    )
 
 
 def outer_of(chain, passes, made, schedule, *, index=1, direction=None, seed=3, inner=INNER, measure=False):

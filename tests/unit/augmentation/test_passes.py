@@ -7,6 +7,7 @@ from torch import nn
 
 from metaaug_cli.augmentation.passes import Passes
 from metaaug_cli.graph.capture import capture
+from metaaug_cli.layout import fast_layout
 
 CPU = torch.device("cpu")
 
@@ -58,10 +59,11 @@ def test_prefixes_walk_both_streams_and_gradients_reach_the_images():
     blocks = searched(family("residual")).blocks
     passes = Passes(blocks)
     x = images(4).requires_grad_()
-    assert passes.prefixes(x, 0) == ((x,), (x,))
+    for (start,) in passes.prefixes(x, 0):
+        assert torch.equal(start, x)
     h_fp, h_q = passes.prefixes(x, 3)
     for values, kind in ((h_fp, "float_block"), (h_q, "quantized_block")):
-        walked = (x,)
+        walked = (fast_layout(x),)
         for block in blocks[:3]:
             walked = getattr(block, kind)(*walked)
         assert all(torch.equal(a, b) for a, b in zip(values, walked, strict=True))

@@ -7,8 +7,9 @@ from networks import FAMILIES, SIZE, images, trained
 from torch import nn
 
 from metaaug_cli.errors import InputError
-from metaaug_cli.graph.bn_statistics import batch_norm_probe
+from metaaug_cli.graph.bn_statistics import _moments, batch_norm_probe
 from metaaug_cli.graph.capture import capture, export_program
+from metaaug_cli.layout import fast_layout
 
 
 def norms(network):
@@ -36,6 +37,24 @@ def test_moments_are_those_that_forward_hooks_see(name):
         rows = value.transpose(0, 1).flatten(1)
         torch.testing.assert_close(moments.mean, rows.mean(1))
         torch.testing.assert_close(moments.std, rows.std(1, unbiased=False), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 6), (6, 3), (4, 3, 7)])
+@pytest.mark.parametrize("turn", [False, True])
+def test_the_moments_gradient_is_that_of_the_plain_formula(shape, turn):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = (fast_layout(x) if turn else x).requires_grad_()
+    weights = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
+    found = _moments(x)
+    axes = [0, *range(2, x.dim())]
+    plain = x.mean(axes), x.square().mean(axes)
+    gradients = [
+        torch.autograd.grad((weights[0] * mean + weights[1] * second).sum(), x)[0]
+        for mean, second in ((found.mean, found.second), plain)
+    ]
+    torch.testing.assert_close((found.mean, found.second), plain)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].stride() == x.stride()
 
 
 def test_layers_carry_the_modules_names_and_stored_statistics():

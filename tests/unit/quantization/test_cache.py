@@ -4,8 +4,17 @@ import pytest
 import torch
 from networks import family, images, placed
 
+from metaaug_cli.layout import fast_layout
 from metaaug_cli.quantization.blocks import build_chain
-from metaaug_cli.quantization.cache import BlockData, Budget, Stream, default_budget, place_for, stage_bytes
+from metaaug_cli.quantization.cache import (
+    BlockData,
+    Budget,
+    Parts,
+    Stream,
+    default_budget,
+    place_for,
+    stage_bytes,
+)
 
 CPU = torch.device("cpu")
 COUNT = 150  # more than two chunks
@@ -134,3 +143,16 @@ def test_batches_are_half_originals_and_half_copies():
     assert set(drawn.flatten().tolist()) == set(range(40))
     everything = torch.cat([plain.draw(9, torch.Generator().manual_seed(i)) for i in range(50)])
     assert set(everything.tolist()) == set(range(40))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_stored_images_and_their_batches_keep_their_channels_last(joined):
+    images_ = torch.randn(COUNT, 3, 4, 4)
+    stream = Stream((fast_layout(images_),), CPU)
+    stream.advance(lambda x: (2 * x,), place=CPU)
+    if joined:
+        stream.stored = (Parts(stream.stored[0][:70], stream.stored[0][70:]),)
+    indices = torch.tensor([149, 0, 64, 63, 64, 70])
+    (batch,) = stream.batch(indices)
+    assert torch.equal(batch, 2 * images_[indices])
+    assert batch.is_contiguous(memory_format=torch.channels_last)

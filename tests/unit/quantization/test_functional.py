@@ -108,43 +108,6 @@ def test_fake_quantize_is_differentiable_twice():
     assert second.item() == pytest.approx(2 * (0.25**2 + 0.25**2))
 
 
-@given(x=VALUES, scale=SCALES, bits=BITS, zero=st.integers(0, 255), seed=st.integers(0, 99))
-def test_dropped_quantization_equals_the_plain_formula_in_value_and_gradient(x, scale, bits, zero, seed):
-    zero = torch.tensor(float(on_grid(bits, zero)), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.randint(2, x.shape, generator=generator).double()
-    upstream = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    found = []
-    for formula in (
-        lambda x, s: F.drop_fake_quantize(x, s, zero, bits, mask),
-        lambda x, s: mask * F.fake_quantize(x, s, zero, bits) + (1 - mask) * x,
-    ):
-        leaf, s = x.clone().requires_grad_(), torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-        value = formula(leaf, s)
-        found.append((value, *torch.autograd.grad(value, (leaf, s), upstream)))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("prob", [0.0, 0.25, 0.5, 0.999, 1.0])
-def test_mask_is_drawn_with_the_asked_probability(prob):
-    mask = F.drop_mask(torch.empty(101, 333), prob, torch.Generator().manual_seed(3))
-    assert mask.shape == (101, 333)
-    assert set(mask.unique().tolist()) <= {0.0, 1.0}
-    deviation = math.sqrt(prob * (1 - prob) / mask.numel())
-    assert float(mask.mean()) == pytest.approx(prob, abs=1 / 512 + 4 * deviation)
-
-
-def test_mask_elements_are_independent_and_follow_the_generator():
-    def draw(seed):
-        return F.drop_mask(torch.empty(80_000), 0.5, torch.Generator().manual_seed(seed))
-
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-    centred = draw(1) - 0.5
-    for lag in (1, 2, 7, 8, 16):  # eight draws share one random word
-        assert abs(float((centred[lag:] * centred[:-lag]).mean())) < 4 * 0.25 / math.sqrt(80_000)
-
-
 @given(st.floats(0, 1, exclude_max=True))
 def test_soft_rounding_inverts(fraction):
     f = torch.tensor(fraction, dtype=torch.float64)

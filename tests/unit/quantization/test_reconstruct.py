@@ -74,7 +74,7 @@ def test_the_regularizer_decides_the_rounding():
         logits = torch.cat([q.rounding_logits.flatten() for q in block.weights.values()])
         soft = torch.sigmoid(logits) * 1.2 - 0.1
         undecided[weight] = float(((soft > 0.05) & (soft < 0.95)).float().mean())
-    assert undecided[1.0] < 0.2 < 0.5 < undecided[0.0]
+    assert undecided[1.0] < 0.3 < 0.5 < undecided[0.0]
 
 
 @pytest.mark.parametrize("quant_prob", [0.5, 1.0])
