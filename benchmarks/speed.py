@@ -18,10 +18,14 @@ from statistics import median
 import torch
 from common import MOBILENET, RESNET20, RESULTS, machine
 
+from metaaug_cli.augmentation.bilevel import inner_mode
+from metaaug_cli.layout import fast_layout
 from metaaug_cli.memory import keep_freed_memory
 from metaaug_cli.prepare import prepare_chain, schedule_of
 from metaaug_cli.quantization.blocks import Block, search_activation_scales
-from metaaug_cli.quantization.reconstruct import Schedule, training_step_runs
+from metaaug_cli.quantization.cache import Values
+from metaaug_cli.quantization.losses import reconstruction_loss, rounding_regularizer
+from metaaug_cli.quantization.reconstruct import Schedule, mix, training_step_runs
 from metaaug_cli.recipe.config import Recipe
 
 _ROUNDS = 7
@@ -39,30 +43,50 @@ def blocks_of(name: str) -> list[Block]:
     return [b for b in chain.blocks if b.name in chosen]
 
 
+def seconds_in_turn(*runs: Callable[[], object]) -> list[float]:
+    """Medians of several rounds after one warm-up, in which the runs take turns."""
+    measured: list[list[float]] = [[] for _ in runs]
+    for _ in range(_ROUNDS + 1):
+        for run, kept in zip(runs, measured, strict=True):
+            started = time.perf_counter()
+            run()
+            kept.append(time.perf_counter() - started)
+    return [median(kept[1:]) for kept in measured]
+
+
 def seconds(run: Callable[[], object]) -> float:
     """Median of several rounds after one warm-up."""
-    run()
-    measured = []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        run()
-        measured.append(time.perf_counter() - started)
-    return median(measured)
+    return seconds_in_turn(run)[0]
 
 
-def inputs_of(block: Block) -> tuple[torch.Tensor, ...]:
+def inputs_of(block: Block) -> Values:
     """Random inputs of one batch."""
     shapes = [[int(s) for s in v.meta["val"].shape[1:]] for v in block.stage.inputs]
     return tuple(torch.rand(_BATCH, *shape) for shape in shapes)
 
 
+def plain_step(block: Block, inputs: Values, schedule: Schedule) -> None:
+    """The same training step as its formulas in PyTorch operators, on activations in the usual order."""
+    drops = torch.Generator().manual_seed(0)
+    targets = block.float_block(*inputs)
+    with inner_mode(block, schedule.quant_prob, drops):
+        outputs = block.quantized_block(*mix(inputs, inputs, schedule.quant_prob, drops))
+        kept = [outputs[i] for i in block.computed], [targets[i] for i in block.computed]
+        regularizer = rounding_regularizer([q.rounding() for q in block.weights.values()], schedule.beta_end)
+        (reconstruction_loss(*kept) + regularizer).backward()
+    block.quantized_block.zero_grad(set_to_none=True)
+
+
 def measure(name: str, schedule: Schedule) -> list[dict[str, object]]:
-    """One line per block: steps per second, and a step against the float block's forward pass."""
+    """One line per block: steps per second, a step against the plain formulas and the float forward pass."""
     lines: list[dict[str, object]] = []
     for block in blocks_of(name):
-        inputs = inputs_of(block)
+        usual = inputs_of(block)
+        inputs = tuple(fast_layout(x) for x in usual)
         search_activation_scales(block, inputs)
-        step = seconds(partial(training_step_runs, block, inputs, schedule))
+        step, plain = seconds_in_turn(
+            partial(training_step_runs, block, inputs, schedule), partial(plain_step, block, usual, schedule)
+        )
         with torch.no_grad():
             forward = seconds(partial(block.float_block, *inputs))
         lines.append(
@@ -71,6 +95,7 @@ def measure(name: str, schedule: Schedule) -> list[dict[str, object]]:
                 "block": block.name,
                 "steps_per_second": 1 / step,
                 "against_float": step / forward,
+                "against_plain": plain / step,
                 "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
                 "machine": machine(),
             }
@@ -81,7 +106,7 @@ def measure(name: str, schedule: Schedule) -> list[dict[str, object]]:
 def one_step_seconds(block_name: str) -> float:
     """Seconds of one step of a MobileNet block in this process."""
     block = next(b for b in blocks_of("mobilenet_v1_075") if b.name == block_name)
-    inputs = inputs_of(block)
+    inputs = tuple(fast_layout(x) for x in inputs_of(block))
     search_activation_scales(block, inputs)
     schedule = schedule_of(Recipe())
     return seconds(lambda: training_step_runs(block, inputs, schedule))

@@ -179,11 +179,13 @@ def speed() -> str:
             r["block"],
             f"{r['steps_per_second']:.1f}",
             f"{r['against_float']:.1f}",
+            f"{r['against_plain']:.2f}",
             f"{r['peak_memory_mib']}",
         ]
         for r in records("speed")
     ]
-    return markdown(["network", "block", "steps/s", "step / float forward", "peak MiB"], rows)
+    header = ["network", "block", "steps/s", "step / float forward", "plain formulas / step", "peak MiB"]
+    return markdown(header, rows)
 
 
 def memory() -> str:
