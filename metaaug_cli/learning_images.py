@@ -67,11 +67,19 @@ def gather_images(
     """Hold back what the recipe says, and make the images it wants beside the rest.
 
     Raises:
-        InputError: Images are to be made from a network without batch norms.
+        InputError: Images are to be made from a network without batch norms, or stand beside images that
+            were prepared otherwise.
     """
     images, held_back = _split(calibration.images, recipe)
     settings = synthesis_of(recipe)
     if settings is not None:
+        differences = calibration.preprocessing.differences(model.preprocessing)
+        if differences:
+            raise InputError(
+                "images made from the model do not belong beside a calibration set that was prepared "
+                f"otherwise ({'; '.join(differences)})",
+                hint="prepare the images for this model, or leave --synthetic out (calibration.synthetic: 0)",
+            )
         try:
             made = cached_synthetic_set(model, settings, device=device, tick=progress.making_images)
         except InputError as error:

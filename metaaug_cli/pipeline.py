@@ -20,6 +20,7 @@ from metaaug_cli.deployment.deploy import deploy
 from metaaug_cli.deployment.simulation import IntegerSimulation
 from metaaug_cli.errors import MetaAugError, UsageError
 from metaaug_cli.graph.capture import export_program
+from metaaug_cli.graph.graph_tools import hash_graph
 from metaaug_cli.learning_images import LearningImages, gather_images
 from metaaug_cli.learning_images import Progress as ImageProgress
 from metaaug_cli.memory import peak_memory_mib
@@ -46,8 +47,9 @@ from metaaug_cli.quantization.reconstruct import (
 from metaaug_cli.quantization.walk import Walker
 from metaaug_cli.recipe.augment_kinds import learned_part
 from metaaug_cli.recipe.config import Recipe
-from metaaug_cli.runs.artifacts import Fingerprint, RunDirectory, RunInfo, hash_graph
+from metaaug_cli.runs.artifacts import RunDirectory
 from metaaug_cli.runs.augmentation_files import AugmentationFiles
+from metaaug_cli.runs.run_info import Fingerprint, RunInfo
 
 _logger = logging.getLogger(__name__)
 _SCALE_SEARCH_IMAGES = 64

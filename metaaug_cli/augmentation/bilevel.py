@@ -18,7 +18,6 @@ from torch.func import functional_call
 from metaaug_cli.augmentation.passes import Passes, Views
 from metaaug_cli.quantization.blocks import Block
 from metaaug_cli.quantization.cache import Values
-from metaaug_cli.quantization.drops import drop_mask
 from metaaug_cli.quantization.functional import soft_rounding
 from metaaug_cli.quantization.losses import (
     annealed_beta,
@@ -28,7 +27,7 @@ from metaaug_cli.quantization.losses import (
     similarity_divergence,
     squared_distance,
 )
-from metaaug_cli.quantization.reconstruct import LEAST_RELATIVE_SCALE, Schedule, training
+from metaaug_cli.quantization.reconstruct import LEAST_LEARNED_FACTOR, Schedule, mix, training
 
 _ADAM_EPS = 1e-8
 _SECOND_MOMENT = 0.99
@@ -179,8 +178,7 @@ class BiLevel:
         The regulariser is off in the first share of a walk, as in the block's own schedule, and so always
         where ``restart_every`` is 1.
         """
-        pairs = zip(h_q, h_fp, strict=True)
-        mixed = tuple(torch.lerp(fp, q, drop_mask(q, self.inner.quant_prob, self.drops)) for q, fp in pairs)
+        mixed = mix(h_q, h_fp, self.inner.quant_prob, self.drops)
         outputs = functional_call(self.block.quantized_block, params, mixed)
         computed = self.block.computed
         loss = reconstruction_loss([outputs[i] for i in computed], [targets[i].detach() for i in computed])
@@ -215,7 +213,7 @@ class BiLevel:
             before = self.params[name]
             updated[name] = before - self.rates[name] * self._direction(name, gradient)
             if not name.endswith(_LOGITS):
-                updated[name] = updated[name].clamp(min=LEAST_RELATIVE_SCALE)
+                updated[name] = updated[name].clamp(min=LEAST_LEARNED_FACTOR)
         return updated
 
     def _direction(self, name: str, gradient: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -116,7 +116,7 @@ def _cache_path(augmenter: Augmenter, images: Tensor, steps: int, seed: int) -> 
     shapes = {name: list(value.shape) for name, value in augmenter.network.state_dict().items()}
     taught = [list(images.shape), hashlib.sha256(images.contiguous().numpy().data).hexdigest()]
     device = augmenter.low.device.type
-    key = [_RECIPE_VERSION, asdict(augmenter.spec), shapes, taught, steps, seed, device, torch.__version__]
+    key = [_RECIPE_VERSION, augmenter.spec.form, shapes, taught, steps, seed, device, torch.__version__]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return folder / "warmup" / f"{name}.safetensors"
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PANEL = "Without images"
 DEFAULT_NUM = 512
 _STRETCHES = ("plain", "regularised", "off")
+_STARTS = ("natural", "noise")
 
 DataFreeOpt = Annotated[
     bool,
@@ -66,6 +67,16 @@ StretchOpt = Annotated[
         "--stretch",
         metavar="NAME",
         help="Spread of the logits: plain (the default), regularised or off.",
+        rich_help_panel=PANEL,
+    ),
+]
+StartOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--start",
+        metavar="NAME",
+        help="What the images are made from: natural (the default), noise that varies as photographs do in "
+        "brightness, colour and contrast; or noise, every pixel on its own, as published.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -118,8 +129,16 @@ def settings_from(flags: dict[str, Any], *, num: int | None, seed: int) -> Synth
     stretch = flags["--stretch"]
     if stretch is not None and stretch not in _STRETCHES:
         raise UsageError(f"--stretch {stretch} is unknown", hint=f"use one of: {', '.join(_STRETCHES)}")
+    start = flags["--start"]
+    if start is not None and start not in _STARTS:
+        raise UsageError(f"--start {start} is unknown", hint=f"use one of: {', '.join(_STARTS)}")
     require_device(flags["--device"] or "auto")
-    given = {"iterations": flags["--iterations"], "batch_size": flags["--batch"], "stretch": stretch}
+    given = {
+        "iterations": flags["--iterations"],
+        "batch_size": flags["--batch"],
+        "stretch": stretch,
+        "start": start,
+    }
     return SynthesisSettings(
         num=num or DEFAULT_NUM,
         seed=seed,

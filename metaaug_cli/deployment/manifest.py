@@ -54,7 +54,7 @@ class Manifest(BaseModel):
 def package_versions() -> dict[str, str]:
     """Versions of Python, of this package and of the libraries that shape an exported file."""
     found = {"python": platform.python_version()}
-    for name in ("metaaug_cli", "torch", "onnx", "onnxscript", "onnxruntime"):
+    for name in ("metaaug", "torch", "onnx", "onnxscript", "onnxruntime"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

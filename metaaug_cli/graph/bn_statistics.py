@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from metaaug_cli.errors import InputError
 from metaaug_cli.graph.capture import capture_unfolded
 from metaaug_cli.graph.graph_tools import attribute
-from metaaug_cli.graph.normalize import BATCH_NORMS, batch_norm_epsilon
+from metaaug_cli.graph.normalize import BATCH_NORMS, batch_norm_epsilon, drop_assertions, fold_constants
 from metaaug_cli.graph.ops import CONVOLUTIONS, PASSTHROUGH, WEIGHTED
 from metaaug_cli.layout import fast_layout
 
@@ -101,6 +101,8 @@ class BatchNormProbe:
         self.layers = _layers(module, nodes)
         for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
             node.target = aten.reshape.default  # a view depends on how activations lie in memory
+        fold_constants(module)  # its factories and assertions name the device it was traced on
+        drop_assertions(module)
         output = next(n for n in module.graph.nodes if n.op == "output")
         (result,) = output.all_input_nodes
         last = _classifier(result)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from metaaug_cli.graph.ops import Role, role
 
 
 def lookup(module: nn.Module, dotted: str) -> Tensor:
@@ -82,3 +85,12 @@ def _fake_mode(module: fx.GraphModule) -> Any:
         if isinstance(value, torch._subclasses.FakeTensor):
             return value.fake_mode
     return None
+
+
+def hash_graph(module: fx.GraphModule) -> str:
+    """Hash of a network's operators and constants; the weights of its layers have a hash of their own."""
+    digest = hashlib.sha256(str(module.code).encode())
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and any(role(user) is not Role.WEIGHTED for user in node.users):
+            digest.update(attribute(module, node).contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -48,7 +48,8 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
     """
     _set_owners(module)
     for one_pass in (
-        _fold_constants,
+        fold_constants,
+        drop_assertions,
         _drop_identities,
         _split_to_slices,
         _plain_pads,
@@ -83,7 +84,7 @@ def _swap(node: fx.Node, new: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def _fold_constants(module: fx.GraphModule) -> None:
+def fold_constants(module: fx.GraphModule) -> None:
     """Evaluate everything that does not depend on the images (attention masks, position tables)."""
     values: dict[fx.Node, Any] = {}
     for node in list(module.graph.nodes):
@@ -132,7 +133,12 @@ def _drop_identities(module: fx.GraphModule) -> None:
         elif node.target == aten.cat.default and len(node.args[0]) == 1:
             # A dense block's first layer joins one tensor, whose other readers a second grid keeps in float.
             _swap(node, node.args[0][0])
-        elif "assert" in str(node.target) or "sym_constrain" in str(node.target):
+
+
+def drop_assertions(module: fx.GraphModule) -> None:
+    """Remove what tracing checks of types, devices and sizes, which holds for the place of tracing only."""
+    for node in list(module.graph.nodes):
+        if "assert" in str(node.target) or "sym_constrain" in str(node.target):
             module.graph.erase_node(node)
 
 

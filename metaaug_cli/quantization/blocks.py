@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,7 +134,6 @@ class _Builder:
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.names: dict[nn.Module, str] = {}
-        self.batch: fx.Node | None = None
 
     def build(self) -> fx.GraphModule:
         for number, value in enumerate(self.stage.inputs):
@@ -149,7 +147,11 @@ class _Builder:
             if is_output or any(u in self.stage.nodes for u in node.users):
                 self._quantize(node)
         self.graph.output(tuple(self.values[v] for v in self.stage.outputs))
-        return fx.GraphModule(self.root, self.graph)
+        module = fx.GraphModule(self.root, self.graph)
+        for quantizer, name in self.names.items():
+            # Where only attributes of a quantizer are read, fx copies those, and a move to a GPU parts them.
+            module.add_submodule(name, quantizer)
+        return module
 
     def _quantize(self, value: fx.Node) -> None:
         """Put the value's quantizer after it, in the first block that reads it."""
@@ -199,15 +201,6 @@ class _Builder:
             self.names[module] = f"{kind}_{len(self.names)}"
             self.root.add_module(self.names[module], module)
         return self.names[module]
-
-
-def quantizer_calls(block: Block) -> Iterator[tuple[fx.Node, ActivationQuantizer]]:
-    """The activation quantizers of a quantized block in execution order, with their call nodes."""
-    for node in block.quantized_block.graph.nodes:
-        if node.op == "call_module":
-            module = block.quantized_block.get_submodule(str(node.target))
-            if isinstance(module, ActivationQuantizer):
-                yield node, module
 
 
 def _biased_on_grid(

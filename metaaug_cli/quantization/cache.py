@@ -106,7 +106,10 @@ class Stream:
 
     def keep(self, place: torch.device | None) -> None:
         """Store the values at the current cut on ``place``; None leaves them to be recomputed."""
-        if place is not None and self.pending:
+        if place is None:
+            return
+        elsewhere = any(isinstance(rows, Tensor) and rows.device.type != place.type for rows in self.stored)
+        if self.pending or elsewhere:
             self.replace(self.compute(place))
 
     def replace(self, values: Stored) -> None:

@@ -19,7 +19,7 @@ from metaaug_cli.quantization.losses import annealed_beta, rounding_regularizer
 
 _RATE_BUDGET = 5_000
 _LARGEST_RATE_FACTOR = 25.0
-LEAST_RELATIVE_SCALE = 0.05
+LEAST_LEARNED_FACTOR = 0.05
 _CURVE_POINTS = 100
 PROBE_IMAGES = 256
 
@@ -208,7 +208,7 @@ class _Learner:
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_clamp_min_(self.scales, LEAST_RELATIVE_SCALE)
+            torch._foreach_clamp_min_(self.scales, LEAST_LEARNED_FACTOR)
         return reconstruction.detach()
 
 

@@ -32,8 +32,6 @@ class Lane:
     """
 
     def __init__(self, images: Rows, device: torch.device) -> None:
-        if isinstance(images, Tensor) and device.type == "cpu":
-            images = fast_layout(images)
         self.float_stream = Stream((images,), device)
         self.quantized_stream = Stream((images,), device)
         self.targets: Stored | None = None
@@ -108,8 +106,8 @@ class Walker:
         self, images: Tensor, originals: int, held_back: Tensor, device: torch.device, budget: Budget
     ) -> None:
         self.images, self.originals, self.budget, self.device = images, originals, budget, device
-        self.main = Lane(images, device)
-        self.held_back = Lane(held_back, device) if len(held_back) else None
+        self.main = self._lane(images)
+        self.held_back = self._lane(held_back) if len(held_back) else None
         self.place: torch.device | None = None
         self.passed: list[Block] = []
 
@@ -125,10 +123,10 @@ class Walker:
         """The entered block's data with copies (K, C, H, W) added, which walk the blocks before it now."""
         place = self._place(block, len(self.main) + len(copies), learns=True)
         if place is None or self.place is None:
-            lane = Lane(torch.cat([self.images, copies]), self.device)
+            lane = self._lane(torch.cat([self.images, copies]))
             self._catch_up(lane)
             return lane.data(block, self.originals)
-        lane = Lane(copies, self.device)
+        lane = self._lane(copies)
         self._catch_up(lane)
         lane.enter(block, place)
         return self.main.joined(lane).data(block, self.originals)
@@ -144,11 +142,15 @@ class Walker:
             self.held_back.leave(block, self.place)
         self.passed.append(block)
 
+    def _lane(self, images: Tensor) -> Lane:
+        return Lane(fast_layout(images) if self.device.type == "cpu" else images, self.device)
+
     def _catch_up(self, lane: Lane) -> None:
         for block in self.passed:
             lane.pass_by(block)
 
     def _place(self, block: Block, images: int, *, learns: bool) -> torch.device | None:
+        images += len(self.held_back) if self.held_back is not None else 0
         place = place_for(stage_bytes(block.stage, images), self.budget)
         if place is None and learns:
             _logger.warning(

@@ -1,6 +1,7 @@
 """How a kind of augmentation is written: fixed operations joined by ``+``, or ``metaaug`` and some of them.
 
-Free of torch, because a recipe is checked before anything heavy is loaded. ``augment.py`` has the functions.
+Free of torch, because a recipe is checked before anything heavy is loaded. The functions are in
+``augmentation/fixed.py``.
 """
 
 from __future__ import annotations

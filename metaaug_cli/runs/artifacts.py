@@ -8,7 +8,6 @@ Every write replaces the file in one step.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -28,14 +27,13 @@ from torch.export import ExportedProgram
 from metaaug_cli.deployment.manifest import Manifest
 from metaaug_cli.errors import InputError, RecipeError, UsageError
 from metaaug_cli.files import write_atomically
-from metaaug_cli.graph.graph_tools import attribute
-from metaaug_cli.graph.ops import Role, role
 from metaaug_cli.networks.preprocessing import Preprocessing
 from metaaug_cli.networks.pt2_archive import load_program
 from metaaug_cli.quantization.blocks import Block, Chain
 from metaaug_cli.quantization.reconstruct import BlockHistory
 from metaaug_cli.recipe.config import Recipe, load_recipe
 from metaaug_cli.runs.environment import environment
+from metaaug_cli.runs.run_info import Fingerprint, RunInfo, changes_of_machine
 
 SCHEMA_VERSION = 1
 RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE = (
@@ -66,38 +64,14 @@ _MEANING = {
 }
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """Hashes of everything that decides the result; a run resumes only where all four are the same."""
-
-    recipe: str
-    weights: str
-    graph: str
-    calibration: str
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What ``run.json`` holds besides status and environment."""
-
-    model: str
-    weights: str
-    preprocessing: dict[str, Any]
-    num_outputs: int
-    calibration: dict[str, Any]
-    fingerprint: Fingerprint
-    blocks: list[str]
-    device: str
-    command: str | None = None
-
-
-def hash_graph(module: fx.GraphModule) -> str:
-    """Hash of a network's operators and constants; the weights of its layers have a hash of their own."""
-    digest = hashlib.sha256(str(module.code).encode())
-    for node in module.graph.nodes:
-        if node.op == "get_attr" and any(role(user) is not Role.WEIGHTED for user in node.users):
-            digest.update(attribute(module, node).contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _warn_of_changes(before: dict[str, Any], info: RunInfo) -> None:
+    changed = changes_of_machine(before, info.device)
+    if changed:
+        _logger.warning(
+            "the run was begun with other software or another machine (%s): blocks learned from now on may "
+            "differ from those of an uninterrupted run",
+            ", ".join(changed),
+        )
 
 
 class RunDirectory:
@@ -156,8 +130,10 @@ class RunDirectory:
         if self.holds_run:
             self._require_same(info.fingerprint)
             done = self._done(info.blocks)
+            _warn_of_changes(read_info(self.path), info)
         try:
             (self.path / "blocks").mkdir(parents=True, exist_ok=True)
+            self._forget(info.blocks, done)
         except OSError as error:
             raise InputError(
                 f"cannot make {self.path}: {error.strerror}", hint="choose a writable --out"
@@ -190,6 +166,12 @@ class RunDirectory:
                 _logger.warning("%s; learning goes on from this block", error.message)
                 return index
         return len(names)
+
+    def _forget(self, names: list[str], done: int) -> None:
+        """Remove what follows the finished blocks: it was learned on other ones where a run is repaired."""
+        for index, name in list(enumerate(names))[done:]:
+            for suffix in (".json", ".safetensors"):  # the mark that a block is done goes first
+                self.block_path(index, name, suffix).unlink(missing_ok=True)
 
     def block_path(self, index: int, name: str, suffix: str = ".safetensors") -> Path:
         """File of one block's state (``.safetensors``) or history (``.json``)."""

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 
 from metaaug_cli.calibration.data import CalibrationSet, load_calibration_set, save_calibration_set
-from metaaug_cli.errors import InputError, UsageError
+from metaaug_cli.errors import InputError
 from metaaug_cli.files import cache_directory
 from metaaug_cli.networks.models import LoadedModel
 from metaaug_cli.synthesis.dgh import SynthesisSettings, Tick, fingerprint, synthesize_calibration_set
-from metaaug_cli.synthesis.state import StateFile
 
 _logger = logging.getLogger(__name__)
 
@@ -42,12 +41,7 @@ def cached_synthetic_set(
             return stored
     state = path.with_suffix(".partial")
     made = synthesize_calibration_set(
-        model,
-        settings,
-        device=device,
-        state_path=state,
-        resume=_can_resume(state, model, settings),
-        tick=tick,
+        model, settings, device=device, state_path=state, resume=True, state_required=False, tick=tick
     )
     try:
         save_calibration_set(made, path)
@@ -72,15 +66,3 @@ def _path(model: LoadedModel, settings: SynthesisSettings, device: torch.device)
     key = [fingerprint(model, settings), device.type, torch.__version__]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return folder / f"{name}.safetensors"
-
-
-def _can_resume(state: Path, model: LoadedModel, settings: SynthesisSettings) -> bool:
-    """Whether an interrupted synthesis left a readable state; an unreadable one is removed."""
-    if not state.exists():
-        return False
-    try:
-        StateFile(state, fingerprint(model, settings)).load()
-    except (InputError, UsageError):
-        state.unlink(missing_ok=True)
-        return False
-    return True

@@ -20,9 +20,12 @@ import torch
 from torch import Tensor
 
 from metaaug_cli.calibration.data import SYNTHETIC_ORIGIN, CalibrationSet, make_calibration_set
-from metaaug_cli.errors import GraphError, UsageError
+from metaaug_cli.errors import GraphError, InputError, UsageError
 from metaaug_cli.graph.bn_statistics import BatchNormProbe, Moments, Observation, batch_norm_probe
+from metaaug_cli.graph.capture import capture_unfolded
+from metaaug_cli.graph.graph_tools import hash_graph
 from metaaug_cli.networks.models import LoadedModel
+from metaaug_cli.synthesis.start import natural_noise, white_noise
 from metaaug_cli.synthesis.state import StateFile, require_absent
 from metaaug_cli.synthesis.views import Views
 
@@ -30,6 +33,7 @@ _logger = logging.getLogger(__name__)
 
 Tick = Callable[[int, int, str], None]
 Stretch = Literal["plain", "regularised", "off"]
+Start = Literal["natural", "noise"]
 
 # Beside a distance in the batch norms' own units, "plain" suits ResNet-20 and MobileNet-V1 alike.
 STRETCH_WEIGHT = {"plain": 1e-4, "regularised": 5e-4}
@@ -51,7 +55,7 @@ class SynthesisSettings:
 
     Args:
         num: How many images.
-        seed: Of the first noise and of every view.
+        seed: Of the start and of every view.
         iterations: Optimizer steps that each image gets.
         batch_size: Images in memory at a time.
         rate: RAdam's first learning rate, in normalised pixel units.
@@ -59,6 +63,8 @@ class SynthesisSettings:
         preprocessing: Show views as training does; False shows the stored images as they are.
         stretch: Spread the logits of each image: "plain" rewards their range, "regularised" draws greatest
             and least to half of what feature and class-weight norms allow, "off" does neither.
+        start: What the images are made from: "natural" noise varies from image to image as photographs do,
+            "noise" is Gaussian in every pixel, as published.
     """
 
     num: int = 512
@@ -69,6 +75,7 @@ class SynthesisSettings:
     whole_set: bool = True
     preprocessing: bool = True
     stretch: Stretch = "plain"
+    start: Start = "natural"
 
     def __post_init__(self) -> None:
         for key in ("num", "iterations", "batch_size"):
@@ -102,6 +109,7 @@ def synthesize_calibration_set(
     device: torch.device | None = None,
     state_path: Path | None = None,
     resume: bool = False,
+    state_required: bool = True,
     tick: Tick | None = None,
     history: SynthesisHistory | None = None,
 ) -> CalibrationSet:
@@ -114,6 +122,8 @@ def synthesize_calibration_set(
         state_path: Where to keep the state, from the first step on; the caller deletes it when the set is
             stored.
         resume: Continue from ``state_path``. On a CPU the images are those of an uninterrupted run.
+        state_required: False goes on without a state where none can be written, and starts afresh where
+            ``resume`` finds none that fits.
         tick: Called with (steps done, steps, a few words with the loss).
         history: Filled with the loss of each pass of this call.
 
@@ -127,10 +137,13 @@ def synthesize_calibration_set(
     """
     if state_path is not None and not resume:
         require_absent(state_path)
-    state = StateFile(state_path, fingerprint(model, settings)) if state_path is not None else None
+    state = None
+    if state_path is not None:
+        state = StateFile(state_path, fingerprint(model, settings), required=state_required)
     synthesis = _Synthesis(model, settings, device or torch.device("cpu"))
-    if state is not None and resume:
-        synthesis.load(*state.load())
+    kept = _kept_state(state) if state is not None and resume else None
+    if kept is not None:
+        synthesis.load(*kept)
     else:
         _warn_if_untrained(synthesis.probe, model.name)
         synthesis.observe_all()
@@ -140,6 +153,17 @@ def synthesize_calibration_set(
     origin = f"{SYNTHETIC_ORIGIN} {model.name}, seed {settings.seed}"
     sources = [f"synthetic-{i:05d}" for i in range(settings.num)]
     return make_calibration_set(synthesis.images(), model.preprocessing, sources, origin=origin)
+
+
+def _kept_state(state: StateFile) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What an interrupted synthesis left behind; None where nothing fits and nothing has to."""
+    try:
+        return state.load()
+    except (InputError, UsageError) as error:
+        if state.required:
+            raise
+        _logger.info("%s", error.message)
+        return None
 
 
 def estimate_seconds(
@@ -172,9 +196,9 @@ class _Synthesis:
         self.views = Views(preprocessing, enabled=settings.preprocessing, device=device)
         generator = torch.Generator().manual_seed(settings.seed)
         counts = [len(part) for part in torch.empty(settings.num).split(settings.batch_size)]
-        shape = (preprocessing.channels, *self.views.stored_size)
-        noise = (torch.randn(count, *shape, generator=generator) for count in counts)
-        self.batches = [n.to(device).requires_grad_() for n in noise]
+        first = {"natural": natural_noise, "noise": white_noise}[settings.start]
+        starts = (first(count, self.views.stored_size, preprocessing, generator) for count in counts)
+        self.batches = [start.to(device).requires_grad_() for start in starts]
         self.shares = torch.tensor(counts, device=device).view(-1, 1, 1) / settings.num
         self.optimizer = torch.optim.RAdam(self.batches, lr=settings.rate)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, **_PLATEAU)  # type: ignore[arg-type]
@@ -354,4 +378,6 @@ def fingerprint(model: LoadedModel, settings: SynthesisSettings) -> dict[str, An
     """What decides the images; ``StateFile`` names the entries that differ."""
     own = {_SHOWN.get(key, f"--{key}"): value for key, value in asdict(settings).items()}
     own["version of the method"] = _VERSION
+    size = (model.preprocessing.channels, *model.preprocessing.size)
+    own["the network's code"] = hash_graph(capture_unfolded(model.module, size))
     return {**own, "weights": model.weights_sha256, "image preparation": model.preprocessing.to_dict()}

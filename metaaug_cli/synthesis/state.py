@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import tempfile
 import time
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from metaaug_cli.errors import InputError, UsageError
 
+_logger = logging.getLogger(__name__)
 _FORMAT = "metaaug-synthesis"
 _LEAST_SECONDS = 10.0
 _SHARE = 20
@@ -26,10 +29,11 @@ class StateFile:
     Args:
         path: The file.
         fingerprint: Everything that decides the result, as JSON types; a state of another one is refused.
+        required: Whether a state that cannot be written is an error; else the synthesis goes on without.
     """
 
-    def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
-        self.path, self.fingerprint = path, fingerprint
+    def __init__(self, path: Path, fingerprint: dict[str, Any], *, required: bool = True) -> None:
+        self.path, self.fingerprint, self.required = path, fingerprint, required
         self.due = time.monotonic() + _LEAST_SECONDS
 
     def save_if_due(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
@@ -52,7 +56,11 @@ class StateFile:
                 save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, {"state": content})
                 os.replace(partial, self.path)
         except (OSError, SafetensorError) as exc:
-            raise InputError(f"cannot write {self.path}: {exc}") from exc
+            if self.required:
+                raise InputError(f"cannot write {self.path}: {exc}") from exc
+            _logger.warning("an interrupted synthesis will not go on: cannot write %s: %s", self.path, exc)
+            self.due = math.inf
+            return
         now = time.monotonic()
         self.due = now + max(_LEAST_SECONDS, _SHARE * (now - started))
 

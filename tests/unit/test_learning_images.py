@@ -1,5 +1,7 @@
 """Real images are held back or learned from, made ones come after them, and copies after all."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import SIZE, conv_bn, trained
@@ -94,3 +96,11 @@ def test_a_network_without_batch_norms_is_told_how_to_go_on():
     with pytest.raises(InputError, match="no batch norms") as caught:
         images("calibration.synthetic=2", model=network(batch_norm=False))
     assert "leave --synthetic out" in caught.value.hint
+
+
+def test_made_images_do_not_stand_beside_images_prepared_otherwise(quick):
+    elsewhere = replace(PREPROCESSING, mean=(0.1, 0.1, 0.1))
+    other = replace(network(batch_norm=True), preprocessing=elsewhere)
+    with pytest.raises(InputError, match="prepared otherwise") as caught:
+        images("calibration.synthetic=2", model=other)
+    assert "--synthetic" in caught.value.hint

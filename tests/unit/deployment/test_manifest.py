@@ -53,5 +53,5 @@ def test_damage_is_named(text):
 
 
 def test_versions_name_the_libraries_that_matter():
-    assert {"python", "torch", "onnx", "onnxruntime"} <= package_versions().keys()
+    assert {"python", "metaaug", "torch", "onnx", "onnxruntime"} <= package_versions().keys()
     assert Manifest(model="m", placement="academic", method="qdrop").versions == package_versions()

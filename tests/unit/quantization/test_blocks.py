@@ -11,13 +11,21 @@ from metaaug_cli.graph.placement import Bits
 from metaaug_cli.quantization.blocks import (
     absorbed_activation,
     build_chain,
-    quantizer_calls,
     search_activation_scales,
     widen_output_grids,
 )
 from metaaug_cli.quantization.quantizers import ActivationQuantizer
 
 CUTS = {"blocks": {}, "split": {"max_layers": 2}, "layers": {"granularity": "layer"}}
+
+
+def quantizer_calls(block):
+    """The activation quantizers of a quantized block in execution order, with their call nodes."""
+    for node in block.quantized_block.graph.nodes:
+        if node.op == "call_module":
+            module = block.quantized_block.get_submodule(str(node.target))
+            if isinstance(module, ActivationQuantizer):
+                yield node, module
 
 
 def run(blocks, kind, values):
@@ -224,3 +232,27 @@ def test_learned_scales_reach_the_bias_of_the_next_block():
     after.square().sum().backward()
     assert act.relative_scale.grad is not None
     assert float(act.relative_scale.grad.abs()) > 0
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_quantizer_that_only_lends_its_scale_is_still_the_same_module(cut):
+    """A copy of its tensors would keep the first scale once blocks are moved to another device."""
+    chain = build_chain(family("residual"), placed(family("residual"), "integer"), **CUTS[cut])
+    lent = 0
+    for block in chain.blocks:
+        for node in block.quantized_block.graph.find_nodes(op="get_attr"):
+            owner, _, tensor = str(node.target).rpartition(".")
+            if tensor == "base_scale":
+                quantizer = block.quantized_block.get_submodule(owner)
+                assert any(quantizer is q for q in (*chain.activations.values(), *chain.weights.values()))
+                lent += 1
+    assert lent > 0
+    for block in chain.blocks:
+        block.quantized_block.double()
+    values = (images(8).double(),)
+    for block in chain.blocks:
+        search_activation_scales(block, values)
+        values = block.quantized_block(*values)
+        for name, tensor in block.quantized_block.named_buffers():
+            if name.endswith("base_scale"):
+                assert bool((tensor != 1.0).all()), name

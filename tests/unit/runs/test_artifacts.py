@@ -11,10 +11,13 @@ from torch import nn
 
 from metaaug_cli.errors import InputError, RecipeError, UsageError
 from metaaug_cli.graph.capture import capture
+from metaaug_cli.graph.graph_tools import hash_graph
 from metaaug_cli.quantization.blocks import build_chain, search_activation_scales
 from metaaug_cli.quantization.reconstruct import BlockHistory
 from metaaug_cli.recipe.config import Recipe
-from metaaug_cli.runs.artifacts import Fingerprint, RunDirectory, RunInfo, hash_graph, load_run, read_info
+from metaaug_cli.runs.artifacts import RunDirectory, load_run, read_info
+from metaaug_cli.runs.environment import environment
+from metaaug_cli.runs.run_info import Fingerprint, RunInfo
 
 INFO = RunInfo(
     model="net",
@@ -90,7 +93,21 @@ def test_resuming_counts_the_finished_blocks_in_order(started):
     started.block_path(1, INFO.blocks[1]).write_bytes(b"state")  # killed before the history was written
     assert started.start(INFO, Recipe(), None, resume=True) == 1
     finish_block(started, 1)
+    assert started.start(INFO, Recipe(), None, resume=True) == 2
+    assert not started.block_path(2, INFO.blocks[2]).exists()
+    finish_block(started, 2)
     assert started.start(INFO, Recipe(), None, resume=True) == 3
+
+
+def test_going_on_with_other_software_is_said(started, monkeypatch, caplog):
+    before = environment()
+    assert started.start(INFO, Recipe(), None, resume=True) == 0
+    assert caplog.text == ""
+    changed = {**before, "torch": "1.0", "platform": "elsewhere"}
+    monkeypatch.setattr("metaaug_cli.runs.run_info.environment", lambda: changed)
+    started.start(INFO, Recipe(), None, resume=True)
+    assert f"torch {before['torch']} -> 1.0" in caplog.text
+    assert "elsewhere" not in caplog.text
 
 
 def test_block_files_stay_inside_their_folder(started):

@@ -99,3 +99,21 @@ def test_a_full_disk_does_not_lose_the_images(model, monkeypatch, caplog):
     monkeypatch.setattr(synthesis_cache, "save_calibration_set", full)
     assert len(made(model)[0].images) == 3
     assert "not kept: cannot write: no space left" in caplog.text
+
+
+def test_without_room_for_the_state_the_images_are_made_all_the_same(model, monkeypatch, caplog):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("metaaug_cli.synthesis.state.save_file", full_disk)
+    stored, steps = made(model)
+    assert steps == SETTINGS.steps
+    assert stored.sha256 == synthesize_calibration_set(model, SETTINGS).sha256
+    assert caplog.text.count("No space left on device") == 1
+
+
+def test_images_of_a_network_with_other_code_are_not_taken(model, cache):
+    made(model)
+    network = nn.Sequential(conv_bn(3, 4), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    program = export_program(trained(network).requires_grad_(False), SIZE)
+    assert made(LoadedModel(program, "net", PREPROCESSING, "random", "0" * 64))[1] > 0

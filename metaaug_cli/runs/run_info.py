@@ -1,0 +1,43 @@
+"""What identifies a run: hashes of all that decides its result, and what it was made with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from metaaug_cli.runs.environment import environment
+
+_DECIDES_BITS = ("metaaug", "torch", "processor", "gpu")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Hashes of all that the user decides; a run resumes only where all four are the same."""
+
+    recipe: str
+    weights: str
+    graph: str
+    calibration: str
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What ``run.json`` holds besides status and environment."""
+
+    model: str
+    weights: str
+    preprocessing: dict[str, Any]
+    num_outputs: int
+    calibration: dict[str, Any]
+    fingerprint: Fingerprint
+    blocks: list[str]
+    device: str
+    command: str | None = None
+
+
+def changes_of_machine(before: dict[str, Any], device: str) -> list[str]:
+    """What of software and machine is not as ``before`` (of ``run.json``) says, as "torch 2.8 -> 2.9"."""
+    then = {**before.get("environment", {}), "device": before.get("device")}
+    now = {**environment(), "device": device}
+    keys = [key for key in (*_DECIDES_BITS, "device") if then.get(key) != now.get(key)]
+    return [f"{key} {then.get(key, 'unknown')} -> {now.get(key, 'none')}" for key in keys]
