@@ -113,7 +113,13 @@ def mobilenet() -> Subject:
 
 
 def quantized(
-    subject: Subject, settings: Iterable[str], *, num: int, seed: int, base: Recipe | None = None
+    subject: Subject,
+    settings: Iterable[str],
+    *,
+    num: int,
+    seed: int,
+    base: Recipe | None = None,
+    run_dir: Path | None = None,
 ) -> QuantizedModel:
     """Quantize with recipe settings written ``section.key=value``, on top of the defaults or of ``base``."""
     keep_freed_memory()
@@ -121,7 +127,18 @@ def quantized(
     calibration = load_calibration_set(
         subject.calib, preprocessing=subject.model.preprocessing, num=num, seed=seed
     )
-    return quantize(subject.model, calibration, recipe=recipe)
+    return quantize(subject.model, calibration, recipe=recipe, run_dir=run_dir)
+
+
+def onnx_top1(subject: Subject, result: QuantizedModel) -> float:
+    """Top-1 of the exported file in ONNX Runtime, in percent."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        manifest = Manifest(model=subject.name, placement=result.chain.placement.kind, method="benchmark")  # type: ignore[arg-type]
+        export_onnx(result.deployed, input_size=result.input_size, path=path, manifest=manifest)
+        batches = zip(subject.images.split(50), subject.labels.split(50), strict=True)
+        scores = score(predict({"onnxruntime": onnx_predictor(open_session(path))}, batches)).scores
+    return percent(scores["onnxruntime"].top1)
 
 
 def measure(

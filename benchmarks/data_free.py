@@ -32,6 +32,7 @@ from metaaug_cli.synthesis.dgh import SynthesisHistory, SynthesisSettings, synth
 NAME = "data_free"
 SETS = RESULTS / "sets"
 ABLATIONS: dict[str, dict[str, Any]] = {
+    "dgh from plain noise": {"start": "noise"},
     "dgh without whole-set statistics": {"whole_set": False},
     "dgh without preprocessing": {"preprocessing": False},
     "dgh without stretching": {"stretch": "off"},

@@ -18,14 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Subject, is_recorded, mobilenet, percent, quantized, record, resnet20
+from common import Subject, is_recorded, mobilenet, onnx_top1, quantized, record, resnet20
 from data_free import stored_set
 
 from metaaug_cli.calibration.data import join_calibration_sets, load_calibration_set, save_calibration_set
-from metaaug_cli.deployment.export import export_onnx
-from metaaug_cli.deployment.manifest import Manifest
-from metaaug_cli.deployment.ort import open_session
-from metaaug_cli.verification.evaluation import onnx_predictor, predict, score
 
 Key = dict[str, Any]
 _SETS = range(5)
@@ -169,14 +165,9 @@ def measure(subject: Subject, key: Key) -> dict[str, Any]:
         started = time.monotonic()
         result = quantized(source, settings(key), num=key["num"] + synthetic, seed=key["seed"])
         seconds = time.monotonic() - started
-        path = Path(folder) / "model.onnx"
-        manifest = Manifest(model=subject.name, placement="academic", method="benchmark")
-        export_onnx(result.deployed, input_size=result.input_size, path=path, manifest=manifest)
-        batches = zip(subject.images.split(50), subject.labels.split(50), strict=True)
-        scores = score(predict({"onnxruntime": onnx_predictor(open_session(path))}, batches)).scores
     taught = [h.augmentation for h in result.histories if h.augmentation]
     return {
-        "onnxruntime": percent(scores["onnxruntime"].top1),
+        "onnxruntime": onnx_top1(subject, result),
         "images": len(subject.labels),
         "seconds": round(seconds, 1),
         "meta_seconds": round(sum(a["seconds"] for a in taught), 1),

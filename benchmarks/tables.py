@@ -215,6 +215,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metaaug-main": tables_metaaug.main_table,
     "metaaug-images": tables_metaaug.images,
     "metaaug-ablation": tables_metaaug.ablation,
+    "metaaug-terms": tables_metaaug.terms,
     "metaaug-mobilenet": tables_metaaug.mobilenet,
     "metaaug-speed": tables_metaaug.speed,
     "data-free-resnet20": lambda: tables_calibration.data_free("resnet20"),

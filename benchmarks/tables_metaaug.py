@@ -110,6 +110,25 @@ def images() -> str:
     return markdown(["bits", "images", "genie", *(f"{v.removeprefix('genie, ')}" for v in others)], rows)
 
 
+def terms() -> str:
+    """What the outer terms send to T, and what comes of it."""
+    rows = [
+        [
+            r["variant"],
+            f"{r['validation']:.1e}",
+            f"{r['margin']:.1e}",
+            f"{r['preservation']:.1e}",
+            f"{r['l_val_before']:.4f} → {r['l_val_after']:.4f}",
+            f"{100 * r['lower']:.0f} %",
+            f"{min(r['distance']):.2f} to {max(r['distance']):.2f}",
+            f"{r['onnxruntime']:.2f}",
+        ]
+        for r in records("meta_terms")
+    ]
+    header = ["T and its outer step", "validation", "margin", "preservation", "L_val by the inner step"]
+    return markdown([*header, "steps that lower it", "T's distance", "top-1"], rows)
+
+
 def speed() -> str:
     """Seconds of an outer step, ours and the obvious way."""
     rows = [
