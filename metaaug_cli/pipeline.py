@@ -32,6 +32,7 @@ from metaaug_cli.prepare import (
     learns_augmenter,
     meta_schedule_of,
     prepare_chain,
+    require_finite,
     require_images,
     schedule_of,
 )
@@ -139,6 +140,7 @@ def quantize(
 
     Raises:
         GraphError: The network cannot be captured or cut.
+        InputError: The float network gives NaN or infinite values for the images.
         RecipeError: ``run_dir`` holds a different run.
         UsageError: The device is not there, or ``run_dir`` is taken.
     """
@@ -149,6 +151,7 @@ def quantize(
     input_size = (channels, height, width)
     program = export_program(model.module, input_size)
     chain = prepare_chain(program, input_size, recipe)
+    require_finite(chain, calibration.images)
 
     info = _run_info(model, calibration, recipe, chain, str(target), command)
     directory = RunDirectory(run_dir) if run_dir else None

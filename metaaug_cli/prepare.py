@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from metaaug_cli.augmentation.augmenter import AugmenterSpec
 from metaaug_cli.augmentation.bilevel import MetaSchedule
-from metaaug_cli.errors import GraphError, RecipeError
+from metaaug_cli.errors import GraphError, InputError, RecipeError
 from metaaug_cli.graph.capture import capture
 from metaaug_cli.graph.placement import Bits, place
 from metaaug_cli.quantization.blocks import Chain, build_chain
@@ -23,6 +24,7 @@ _RATES = {"unet": 5e-6, "residual": 1e-3, "policy": 5e-3}
 _PUBLISHED_META_STEPS = 500
 _EPSILON_W2A2, _EPSILON = 0.3, 0.1
 _FEW_BITS = 2
+_CHECKED_IMAGES = 8
 
 
 def prepare_chain(program: nn.Module | ExportedProgram, input_size: tuple[int, ...], recipe: Recipe) -> Chain:
@@ -145,6 +147,23 @@ def require_images(count: int, recipe: Recipe) -> None:
             f"calibration.holdout: {recipe.calibration.holdout} of {count} images leave none to learn from",
             hint="hold back fewer, or give more images",
         )
+
+
+@torch.no_grad()
+def require_finite(chain: Chain, images: Tensor) -> None:
+    """Whether the float network gives numbers for the first images, block by block.
+
+    Raises:
+        InputError: It gives NaN or infinite values; names the block where they begin.
+    """
+    values: tuple[Tensor, ...] = (images[:_CHECKED_IMAGES],)
+    for block in chain.blocks:
+        values = block.float_block(*values)
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise InputError(
+                f"block {block.name}: the float network gives NaN or infinite values",
+                hint="check the weights, and that the images are prepared for this network (--mean, --std)",
+            )
 
 
 def augmenter_of(recipe: Recipe) -> AugmenterSpec:

@@ -185,8 +185,10 @@ def _image_files(root: Path) -> Iterator[Path]:
         visited.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield Path(folder, name).relative_to(root)
+            path = Path(folder, name)
+            named = not name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES
+            if named and (path.is_file() or not path.exists()):  # reading a pipe would wait for ever
+                yield path.relative_to(root)
 
 
 def _read_classes(path: Path, folders: Sequence[str]) -> tuple[str, ...]:

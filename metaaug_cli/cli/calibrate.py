@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -188,7 +189,7 @@ def build(
         assert folder is not None
         calibration = _draw(console, folder, loaded, out, num or _DEFAULT_NUM, seed, keep_duplicates)
     console.result(f"{len(calibration.images)} images written to {out}")
-    console.note(f"metaaug calibrate inspect {out} shows them")
+    console.note(f"metaaug calibrate inspect {shlex.quote(str(out))} shows them")
     console.data(facts(calibration) | {"path": str(out), "model": loaded.name, "seed": seed})
 
 

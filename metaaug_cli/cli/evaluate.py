@@ -197,6 +197,8 @@ def evaluate(
         raise UsageError(
             "--junit has no gate to show", hint="add --max-drop, --min-agreement or --parity, or use --json"
         )
+    if junit is not None:
+        _check_junit(junit, json)
     options = model_options(
         weights=weights, size=size, resize=resize, mean=mean, std=std, interpolation=interpolation
     )
@@ -232,6 +234,16 @@ def evaluate(
     if target.is_dir():
         _record(console, target, report)
     require(report.gates)
+
+
+def _check_junit(junit: Path, json: str | None) -> None:
+    if not junit.parent.is_dir():
+        raise UsageError(
+            f"--junit {junit}: there is no folder {junit.parent}",
+            hint="name a file in a folder that exists and is writable",
+        )
+    if json is not None and Path(json).absolute() == junit.absolute():
+        raise UsageError(f"--json and --junit both name {junit}", hint="give them a file each")
 
 
 def _scan(data: Path, classes: Path | None, no_labels: bool) -> ImageFolder:

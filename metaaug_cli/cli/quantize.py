@@ -208,6 +208,11 @@ def _show_inputs(console: Console, loaded: LoadedModel, calibration: Calibration
         more = len(calibration.skipped) - _NAMED_FILES
         named = [*calibration.skipped[:_NAMED_FILES], *([f"and {more} more"] if more > 0 else [])]
         console.warn("\n".join([f"{len(calibration.skipped)} unreadable files skipped:", *named]))
+    if calibration.duplicates:
+        console.note(
+            f"{len(calibration.duplicates)} copies of other images left out "
+            "(metaaug calibrate build names them)"
+        )
 
 
 def _hint_at_augmentation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,8 @@ def show_result(console: Console, recipe: Recipe, result: QuantizedModel, run_di
     )
     console.result(f"run directory: {run_dir}")
     _point_to_page(console, run_dir)
-    console.note(f"next: metaaug evaluate {run_dir} --data DIR\n      metaaug export {run_dir} -o model.onnx")
+    typed = shlex.quote(str(run_dir))
+    console.note(f"next: metaaug evaluate {typed} --data DIR\n      metaaug export {typed} -o model.onnx")
     console.data({"run": str(run_dir), **result.metrics})
 
 

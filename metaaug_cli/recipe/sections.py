@@ -2,14 +2,23 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from metaaug_cli.errors import RecipeError
 from metaaug_cli.recipe.augment_kinds import OPERATION_NAMES, check_kind
 
 Bits = Annotated[int, Field(ge=2, le=8)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+
+
+def _computable(value: float) -> float:
+    if value > _LARGEST:
+        raise ValueError(f"must be at most {_LARGEST:g}")
+    return value
+
+
+_LARGEST = 1e9  # far beyond any use, and far from overflow in float32
+Positive = Annotated[float, Field(gt=0), AfterValidator(_computable)]
+NotNegative = Annotated[float, Field(ge=0), AfterValidator(_computable)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=1)]
 

@@ -188,7 +188,10 @@ class RunDirectory:
         try:
             block.load(read_state(path))
         except (KeyError, RuntimeError) as error:
-            raise InputError(f"{path} does not hold block {block.name}: {error}", hint=_REPAIR) from None
+            raise InputError(
+                f"{path} does not hold block {block.name}: {error}",
+                hint="delete it and continue with --resume: its block is then learned again",
+            ) from None
         return _read_history(self.block_path(block.index, block.name, ".json"))
 
     def finish(self, info: RunInfo, metrics: dict[str, Any]) -> None:

@@ -288,6 +288,16 @@ def test_the_accuracy_is_kept_in_the_run(work, onnx_file):
         (["{run}", "--data", "{val}", "--min-agreement", "99"], "not a fraction", "0.99"),
         (["{run}", "--data", "{flat}", "--max-drop", "1"], "needs labels", "--min-agreement"),
         (["{run}", "--data", "{val}", "--junit", "x.xml"], "no gate to show", "--max-drop"),
+        (
+            ["{run}", "--data", "{val}", "--parity", "--junit", "no/x.xml"],
+            "there is no folder no",
+            "writable",
+        ),
+        (
+            ["{run}", "--data", "{val}", "--parity", "--json", "x.json", "--junit", "x.json"],
+            "both name x.json",
+            "a file each",
+        ),
         (["{run}", "--data", "{val}/class0", "--classes", "{root}/net.py"], "", None),
         (["{run}", "--data", "{fewer}"], "5 class folders, the model has 6 outputs", "--classes"),
         (

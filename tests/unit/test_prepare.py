@@ -1,9 +1,20 @@
 """From a recipe to plain arguments: what ``auto`` stands for, and how many copies there are."""
 
-import pytest
+import copy
 
-from metaaug_cli.errors import RecipeError
-from metaaug_cli.prepare import augmentation_kind, copies_of, learns_augmenter, require_images
+import pytest
+import torch
+from networks import family, images, placed
+
+from metaaug_cli.errors import InputError, RecipeError
+from metaaug_cli.prepare import (
+    augmentation_kind,
+    copies_of,
+    learns_augmenter,
+    require_finite,
+    require_images,
+)
+from metaaug_cli.quantization.blocks import build_chain
 from metaaug_cli.recipe.config import Recipe
 
 FIXED, LEARNED = "augmentation.kind=flip", "augmentation.kind=metaaug"
@@ -42,3 +53,14 @@ def test_images_are_left_to_learn_from():
     require_images(5, recipe)
     with pytest.raises(RecipeError, match="4 of 4 images"):
         require_images(4, recipe)
+
+
+def test_the_block_where_values_stop_being_numbers_is_named():
+    module = copy.deepcopy(family("residual"))
+    chain = build_chain(module, placed(module, "integer"))
+    require_finite(chain, images(4))
+    with torch.no_grad():
+        next(chain.blocks[1].float_block.buffers()).fill_(float("inf"))
+    with pytest.raises(InputError, match=f"block {chain.blocks[1].name}: .* NaN or infinite") as caught:
+        require_finite(chain, images(4))
+    assert "--mean" in caught.value.hint

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,12 @@ def test_scan_finds_every_suffix_at_any_depth(tmp_path):
     assert [p.name for p in found.paths] == ["y.JPEG", "x.jpg", "v.bmp", "w.webp", "z.png"]
     assert found.labels == (0, 0, 1, 1, 1)
     assert found.classes == ("a", "b")
+
+
+def test_pipes_named_like_images_are_no_images(folder):
+    before = scan_folder(folder).paths
+    os.mkfifo(folder / before[0].parent / "pipe.png")
+    assert scan_folder(folder).paths == before
 
 
 def test_flat_folder_has_no_labels(tmp_path):
