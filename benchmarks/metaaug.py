@@ -30,7 +30,14 @@ _SHORT = 200
 _SYNTHETIC = "genie, 256 synthetic images too"
 _SYNTHETIC_64 = "genie, 64 synthetic images too"
 _BOTH = "policy, 256 synthetic images too"
-_SYNTHETIC_COUNT = {_SYNTHETIC: 256, _BOTH: 256, _SYNTHETIC_64: 64}
+_PLAIN, _PLAIN_BOTH, _PLAIN_64 = (
+    "genie, 256 images from plain noise too",
+    "policy, 256 images from plain noise too",
+    "genie, 64 images from plain noise too",
+)
+# What stands beside the real images: where they come from (see data_free.py), and how many.
+_MADE = {_SYNTHETIC: ("dgh", 256), _BOTH: ("dgh", 256), _SYNTHETIC_64: ("dgh", 64)}
+_MADE |= {p: ("dgh from plain noise", n) for p, n in ((_PLAIN, 256), (_PLAIN_BOTH, 256), (_PLAIN_64, 64))}
 _SMALL = ["metaaug.batch_size=16", "metaaug.val_batch_size=32"]
 _POLICY = ["metaaug.form=policy", "metaaug.steps=50", "metaaug.base_width=16", *_SMALL]
 _RESIDUAL = ["metaaug.form=residual", "metaaug.steps=40", "metaaug.base_width=8", *_SMALL]
@@ -45,6 +52,8 @@ VARIANTS: dict[str, list[str]] = {
     "policy, validation off": [_LEARNED, *_POLICY, _VALIDATION_OFF],
     _SYNTHETIC: ["augmentation.kind=none"],
     _BOTH: [_LEARNED, *_POLICY],
+    _PLAIN: ["augmentation.kind=none"],
+    _PLAIN_BOTH: [_LEARNED, *_POLICY],
     "genie, twice the iterations": ["augmentation.kind=none"],
     "policy+flip+crop": [f"{_LEARNED}+flip+crop", *_POLICY],
     "residual": [_LEARNED, *_RESIDUAL],
@@ -68,7 +77,7 @@ def joined(subject: Subject, key: Key, folder: Path) -> Subject:
     """The subject with images made from its network beside the key's real ones."""
     preprocessing, seed = subject.model.preprocessing, key["seed"]
     real = load_calibration_set(subject.calib, preprocessing=preprocessing, num=key["num"], seed=seed)
-    made = load_calibration_set(stored_set(subject, "dgh", _SYNTHETIC_COUNT[key["variant"]], seed))
+    made = load_calibration_set(stored_set(subject, *_MADE[key["variant"]], seed))
     save_calibration_set(join_calibration_sets(real, made), folder / "joined.safetensors")
     return replace(subject, calib=folder / "joined.safetensors")
 
@@ -160,7 +169,7 @@ def settings(key: Key) -> list[str]:
 def measure(subject: Subject, key: Key) -> dict[str, Any]:
     """Quantize, export, run in ONNX Runtime; the augmenter's distance and the fit on its images as well."""
     with tempfile.TemporaryDirectory() as folder:
-        synthetic = _SYNTHETIC_COUNT.get(key["variant"], 0)
+        _, synthetic = _MADE.get(key["variant"], ("", 0))
         source = joined(subject, key, Path(folder)) if synthetic else subject
         started = time.monotonic()
         result = quantized(source, settings(key), num=key["num"] + synthetic, seed=key["seed"])

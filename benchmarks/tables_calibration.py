@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from tables_common import Record, markdown, records, spread
 
-_KINDS = ("real", "dgh", "published distance", "noise")
+_KINDS = ("real", "dgh", "dgh from plain noise", "published distance", "noise")
 
 
 def data_free(model: str) -> str:
@@ -20,7 +20,7 @@ def data_free_ablation() -> str:
     found = [r for r in records("data_free") if r["model"] == "resnet20"]
     changed = {r["images_from"] for r in found} - set(_KINDS)
     cells = {_cell(r) for r in found if r["images_from"] in changed}
-    unchanged = ("dgh", "published distance")
+    unchanged = ("dgh", "dgh from plain noise", "published distance")
     return _data_free([r for r in found if _cell(r) in cells], (*unchanged, *sorted(changed)))
 
 

@@ -13,6 +13,7 @@ _BASE = "genie"
 _ITERATIONS, _SHORT = 500, 200
 _FIRST = {"bits": "w2a2", "num": 32, "iterations": _ITERATIONS}
 _SYNTHETIC = "genie, 256 synthetic images too"
+_PLAIN = "genie, 256 images from plain noise too"
 _MAIN = (
     "genie",
     "genie, twice the iterations",
@@ -22,6 +23,8 @@ _MAIN = (
     "policy+flip+crop",
     _SYNTHETIC,
     "policy, 256 synthetic images too",
+    _PLAIN,
+    "policy, 256 images from plain noise too",
     "residual",
     "residual, validation off",
     "residual+pool",
@@ -100,7 +103,7 @@ def mobilenet() -> str:
 def images() -> str:
     """Gain against the number of images, short schedule."""
     rows = []
-    others = ("pool", "policy", _SYNTHETIC)
+    others = ("pool", "policy", _SYNTHETIC, _PLAIN)
     for bits, num in product(("w2a2", "w2a4"), (8, 32, 64, 128, 256, 512)):
         wanted = {"bits": bits, "num": num, "iterations": _SHORT}
         base = _by_set(_BASE, **wanted)
