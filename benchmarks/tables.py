@@ -219,6 +219,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metaaug-mobilenet": tables_metaaug.mobilenet,
     "metaaug-speed": tables_metaaug.speed,
     "data-free-resnet20": lambda: tables_calibration.data_free("resnet20"),
+    "data-free-mobilenet-128": lambda: tables_calibration.data_free("mobilenet_v1_075 at 128 px"),
     "data-free-mobilenet": lambda: tables_calibration.data_free("mobilenet_v1_075"),
     "data-free-ablation": tables_calibration.data_free_ablation,
     "data-free-cost": tables_calibration.data_free_cost,
