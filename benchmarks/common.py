@@ -11,7 +11,8 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from metaaug_cli.deployment.simulation import IntegerSimulation
 from metaaug_cli.memory import keep_freed_memory
 from metaaug_cli.networks.models import LoadedModel, load_model
 from metaaug_cli.pipeline import QuantizedModel, quantize
+from metaaug_cli.quantization.blocks import Block
 from metaaug_cli.recipe.config import Recipe
 from metaaug_cli.verification.evaluation import onnx_predictor, predict, score, torch_predictor
 
@@ -186,6 +188,19 @@ def measure(
         "peak_memory_mib": result.metrics["peak_memory_mib"],
         "seconds_per_block": {name: b["seconds"] for name, b in result.metrics["blocks"].items()},
     }
+
+
+@contextmanager
+def plain_operators(blocks: list[Block]) -> Iterator[None]:
+    """Quantizers as their formulas in PyTorch operators."""
+    quantizers = [q for block in blocks for q in block.activations.values()]
+    for quantizer in quantizers:
+        quantizer.twice_differentiable = True
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.twice_differentiable = False
 
 
 def percent(share: float | None) -> float:

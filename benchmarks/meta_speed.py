@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from unittest.mock import patch
 
 import torch
-from common import RESULTS, Subject, machine, mobilenet, resnet20
+from common import RESULTS, Subject, machine, mobilenet, plain_operators, resnet20
 from torch import Tensor
 
 from metaaug_cli.augmentation import passes as passes_module
@@ -83,19 +82,6 @@ class Step:
         with inner_mode(block, self.inner.quant_prob, drops):
             level = BiLevel(block, passes, self.inner, _SCHEDULE, _RADIUS, drops)
             return level.outer(self.x, self.made.clone(), views, h_val, val_views)  # type: ignore[arg-type]
-
-
-@contextmanager
-def plain_operators(blocks: list[Block]) -> Iterator[None]:
-    """Quantizers as their formulas in PyTorch operators."""
-    quantizers = [q for block in blocks for q in block.activations.values()]
-    for quantizer in quantizers:
-        quantizer.twice_differentiable = True
-    try:
-        yield
-    finally:
-        for quantizer in quantizers:
-            quantizer.twice_differentiable = False
 
 
 def steps_of(subject: Subject, batch: int, validation: int, chosen: tuple[int, ...]) -> list[Step]:

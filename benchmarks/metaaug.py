@@ -84,11 +84,11 @@ def joined(subject: Subject, key: Key, folder: Path) -> Subject:
 
 def images() -> list[Key]:
     """From few images to many (the paper's Table A.8); set by set, so that all rows fill evenly."""
-    few, usual = ("genie", "policy", _SYNTHETIC), ("genie", "policy")
+    few, usual = ("genie", "policy", _SYNTHETIC, _PLAIN), ("genie", "policy")
     telling = [
         ("w2a2", 32, few),
         ("w2a2", 512, usual),
-        ("w2a2", 8, ("genie", "pool", "policy", _SYNTHETIC)),
+        ("w2a2", 8, ("genie", "pool", "policy", _SYNTHETIC, _PLAIN)),
         ("w2a4", 32, few),
         ("w2a2", 128, few),
         ("w2a4", 512, usual),
@@ -117,7 +117,7 @@ def mobilenet_keys() -> list[Key]:
         _key(variant, bits=bits, num=num, seed=0, iterations=60)
         for bits, num in cells
         for variant in MOBILENET_VARIANTS
-        if num == 64 or variant != _SYNTHETIC_64
+        if num == 64 or variant not in (_SYNTHETIC_64, _PLAIN_64)
     ]
 
 
@@ -144,6 +144,7 @@ MOBILENET_VARIANTS = {
     "genie": ["augmentation.kind=none"],
     "policy, 10 outer steps, 2 copies": [_LEARNED, *_LARGE, "augmentation.copies=2"],
     _SYNTHETIC_64: ["augmentation.kind=none"],
+    _PLAIN_64: ["augmentation.kind=none"],
 }
 _CHANGES = VARIANTS | ABLATION | MOBILENET_VARIANTS
 

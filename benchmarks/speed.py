@@ -14,18 +14,19 @@ import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
+from unittest.mock import patch
 
 import torch
-from common import MOBILENET, RESNET20, RESULTS, machine
+from common import MOBILENET, RESNET20, RESULTS, machine, plain_operators
 
-from metaaug_cli.augmentation.bilevel import inner_mode
 from metaaug_cli.layout import fast_layout
 from metaaug_cli.memory import keep_freed_memory
 from metaaug_cli.prepare import prepare_chain, schedule_of
+from metaaug_cli.quantization import reconstruct
 from metaaug_cli.quantization.blocks import Block, search_activation_scales
 from metaaug_cli.quantization.cache import Values
-from metaaug_cli.quantization.losses import reconstruction_loss, rounding_regularizer
-from metaaug_cli.quantization.reconstruct import Schedule, mix, training_step_runs
+from metaaug_cli.quantization.losses import reconstruction_loss
+from metaaug_cli.quantization.reconstruct import Schedule, training_step_runs
 from metaaug_cli.recipe.config import Recipe
 
 _ROUNDS = 7
@@ -66,15 +67,9 @@ def inputs_of(block: Block) -> Values:
 
 
 def plain_step(block: Block, inputs: Values, schedule: Schedule) -> None:
-    """The same training step as its formulas in PyTorch operators, on activations in the usual order."""
-    drops = torch.Generator().manual_seed(0)
-    targets = block.float_block(*inputs)
-    with inner_mode(block, schedule.quant_prob, drops):
-        outputs = block.quantized_block(*mix(inputs, inputs, schedule.quant_prob, drops))
-        kept = [outputs[i] for i in block.computed], [targets[i] for i in block.computed]
-        regularizer = rounding_regularizer([q.rounding() for q in block.weights.values()], schedule.beta_end)
-        (reconstruction_loss(*kept) + regularizer).backward()
-    block.quantized_block.zero_grad(set_to_none=True)
+    """The same training step as its formulas in PyTorch operators."""
+    with plain_operators([block]), patch.object(reconstruct, "_loss", reconstruction_loss):
+        training_step_runs(block, inputs, schedule)
 
 
 def measure(name: str, schedule: Schedule) -> list[dict[str, object]]:

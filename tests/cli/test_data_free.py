@@ -118,6 +118,7 @@ def test_ctrl_c_says_how_to_continue(tmp_path, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["--stretch", "wide"], "--stretch wide"),
+        (["--start", "wide"], "--start wide"),
         (["--device", "tpu"], "--device tpu"),
         (["--images", "."], "not an empty folder"),
         (["--resume"], "to resume"),
