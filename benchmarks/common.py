@@ -232,8 +232,9 @@ def is_recorded(name: str, key: dict[str, Any]) -> bool:
 
 
 def machine() -> str:
-    """Processor, threads and torch version, in a few words."""
+    """Processor or GPU, threads and torch version, in a few words."""
     from metaaug_cli.runs.environment import environment
 
     found = environment()
-    return f"{found['processor']}, {found['threads']} threads, torch {torch.__version__}, {platform.system()}"
+    computes = found.get("gpu", found["processor"])
+    return f"{computes}, {found['threads']} threads, torch {torch.__version__}, {platform.system()}"

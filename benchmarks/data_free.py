@@ -37,8 +37,9 @@ from common import (
 )
 
 from metaaug_cli.calibration.data import CalibrationSet, make_calibration_set, save_calibration_set
-from metaaug_cli.memory import keep_freed_memory, peak_memory_mib
+from metaaug_cli.memory import keep_freed_memory, peak_gpu_memory_mib, peak_memory_mib
 from metaaug_cli.networks.preprocessing import Preprocessing
+from metaaug_cli.pipeline import pick_device
 from metaaug_cli.synthesis.dgh import SynthesisHistory, SynthesisSettings, synthesize_calibration_set
 
 NAME = "data_free"
@@ -52,7 +53,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 MAIN = ("real", "dgh", "noise")
 SEEDS = range(3)
-COST_STEPS = {32: 4, 224: 1}
+COST_STEPS = {("cpu", 32): 4, ("cpu", 224): 1, ("cuda", 32): 10, ("cuda", 224): 10}
 
 Key = dict[str, Any]
 
@@ -150,7 +151,12 @@ def stored_set(subject: Subject, kind: str, num: int, seed: int) -> Path:
     state = path.with_suffix(".partial")
     history, started = SynthesisHistory(), time.monotonic()
     made = synthesize_calibration_set(
-        subject.model, settings, state_path=state, resume=state.exists(), history=history
+        subject.model,
+        settings,
+        device=pick_device("auto"),
+        state_path=state,
+        resume=state.exists(),
+        history=history,
     )
     save_calibration_set(made, path)
     state.unlink(missing_ok=True)
@@ -169,8 +175,10 @@ def noise(preprocessing: Preprocessing, num: int, seed: int) -> CalibrationSet:
 
 def cost() -> None:
     """Each size in a process of its own, whose peak memory is then its own too."""
+    device = pick_device("auto").type
     for side, num in ((32, 64), (32, 256), (32, 1024), (224, 64), (224, 256), (224, 1024)):
-        key = {"side": side, "num": num, "batch": 32, "steps_timed": COST_STEPS[side]}
+        key = {"side": side, "num": num, "batch": 32, "steps_timed": COST_STEPS[device, side]}
+        key |= {"device": device} if device == "cuda" else {}
         if is_recorded(f"{NAME}_cost", key):
             continue
         command = [sys.executable, __file__, "cost", "--worker", str(side), str(num)]
@@ -186,9 +194,16 @@ def cost_worker(side: int, num: int) -> None:
     keep_freed_memory()
     before = peak_memory_mib()
     ticks: list[float] = []
-    settings = SynthesisSettings(num=num, iterations=COST_STEPS[side])
+    device = pick_device("auto")
+    settings = SynthesisSettings(num=num, iterations=COST_STEPS[device.type, side])
+
+    def tick(*_: object) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        ticks.append(time.monotonic())
+
     started = time.monotonic()
-    synthesize_calibration_set(model, settings, tick=lambda *_: ticks.append(time.monotonic()))
+    synthesize_calibration_set(model, settings, device=device, tick=tick)
     # The steps alone, without tracing the network and without the first look at every batch.
     per_step = (ticks[-1] - ticks[0]) / (len(ticks) - 1)
     default = SynthesisSettings(num=num)
@@ -202,6 +217,7 @@ def cost_worker(side: int, num: int) -> None:
                 "minutes_at_default": round(per_step * default.steps / 60, 1),
                 "peak_memory_mib_before": before,
                 "peak_memory_mib": peak_memory_mib(),
+                "peak_gpu_memory_mib": peak_gpu_memory_mib(),
                 "load": round(os.getloadavg()[0], 1),
             }
         )

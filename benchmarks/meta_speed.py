@@ -4,8 +4,8 @@ The obvious way computes what the method says, each time anew and operator by op
 network's state is copied for the inner step, both networks run from the image to the logits, the float
 network's views of the original images and the validation images' way to the block are computed in every
 step, every quantizer is its formula in PyTorch operators, and activations lie in PyTorch's usual order.
-Both ways run in one process in turn and must give the same outer gradients. Rewrites
-benchmarks/results/meta_speed.jsonl; wants an idle machine.
+Both ways run in one process in turn, on the GPU where there is one, and must give the same outer gradients.
+Rewrites benchmarks/results/meta_speed.jsonl (on a GPU meta_speed_gpu.jsonl); wants an idle machine.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from metaaug_cli.augmentation.passes import Passes
 from metaaug_cli.calibration.data import load_calibration_set
 from metaaug_cli.layout import fast_layout
 from metaaug_cli.memory import keep_freed_memory, peak_memory_mib
+from metaaug_cli.pipeline import pick_device
 from metaaug_cli.prepare import prepare_chain, schedule_of
 from metaaug_cli.quantization.blocks import Block, search_activation_scales
 from metaaug_cli.quantization.reconstruct import Schedule
@@ -78,13 +79,15 @@ class Step:
         return self._outer(passes, block, views, h_val, val_views)
 
     def _outer(self, passes: Passes, block: Block, views: object, h_val: object, val_views: object) -> Outer:
-        drops = torch.Generator().manual_seed(0)
+        drops = torch.Generator(device=self.x.device).manual_seed(0)
         with inner_mode(block, self.inner.quant_prob, drops):
             level = BiLevel(block, passes, self.inner, _SCHEDULE, _RADIUS, drops)
             return level.outer(self.x, self.made.clone(), views, h_val, val_views)  # type: ignore[arg-type]
 
 
-def steps_of(subject: Subject, batch: int, validation: int, chosen: tuple[int, ...]) -> list[Step]:
+def steps_of(
+    subject: Subject, batch: int, validation: int, chosen: tuple[int, ...], device: torch.device
+) -> list[Step]:
     """The chosen blocks of one network at W2A2, academic placement, earlier blocks frozen."""
     recipe = Recipe().override(
         ["quantization.weight_bits=2", "quantization.act_bits=2", "quantization.placement=academic"]
@@ -99,11 +102,11 @@ def steps_of(subject: Subject, batch: int, validation: int, chosen: tuple[int, .
         for block in chain.blocks:
             search_activation_scales(block, values)
             values = block.quantized_block(*values)
-    x, steps = images[:batch], []
+    x = images[:batch]
     made = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    for index in chosen:
-        steps.append(Step(chain.blocks[index], passes, schedule_of(recipe), x, made, images[batch:]))
-    return steps
+    chain.to(device)
+    shown = [t.to(device) for t in (x, made, images[batch:])]
+    return [Step(chain.blocks[index], passes, schedule_of(recipe), *shown) for index in chosen]
 
 
 def measure(step: Step) -> dict[str, object]:
@@ -121,9 +124,9 @@ def measure(step: Step) -> dict[str, object]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(_ROUNDS):
         for name, way in ways.items():
-            started = time.perf_counter()
+            started = _now(step.x.device)
             way()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(_now(step.x.device) - started)
     found = {name: median(values) for name, values in seconds.items()}
     return {
         "block": step.block.name,
@@ -138,18 +141,25 @@ def measure(step: Step) -> dict[str, object]:
     }
 
 
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def main() -> None:
     """Measure every chosen block."""
     keep_freed_memory()
-    lines = []
+    device, lines = pick_device("auto"), []
     for load, batch, validation, chosen in _SUBJECTS:
         subject = load()
-        for step in steps_of(subject, batch, validation, chosen):
+        for step in steps_of(subject, batch, validation, chosen, device):
             line = {"model": subject.name, **measure(step)}
             lines.append(line)
             print(line, flush=True)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "meta_speed.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+    name = "meta_speed_gpu.jsonl" if device.type == "cuda" else "meta_speed.jsonl"
+    (RESULTS / name).write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

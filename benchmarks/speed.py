@@ -24,9 +24,9 @@ from metaaug_cli.memory import keep_freed_memory
 from metaaug_cli.prepare import prepare_chain, schedule_of
 from metaaug_cli.quantization import reconstruct
 from metaaug_cli.quantization.blocks import Block, search_activation_scales
-from metaaug_cli.quantization.cache import Values
+from metaaug_cli.quantization.cache import BlockData, Stream, Values
 from metaaug_cli.quantization.losses import reconstruction_loss
-from metaaug_cli.quantization.reconstruct import Schedule, training_step_runs
+from metaaug_cli.quantization.reconstruct import BlockLearner, Schedule, training
 from metaaug_cli.recipe.config import Recipe
 
 _ROUNDS = 7
@@ -66,10 +66,20 @@ def inputs_of(block: Block) -> Values:
     return tuple(torch.rand(_BATCH, *shape) for shape in shapes)
 
 
+def training_step(block: Block, inputs: Values, schedule: Schedule) -> None:
+    """One step of the block's learning, the choice of the batch included."""
+    stream = Stream(inputs, inputs[0].device)
+    targets = block.float_block(*inputs)
+    data = BlockData(stream, stream, block.float_block, targets, block.computed)
+    learner = BlockLearner(block, data, schedule, torch.Generator().manual_seed(0))
+    with training(block, schedule.quant_prob, learner.drops):
+        learner.step(schedule.iterations - 1)
+
+
 def plain_step(block: Block, inputs: Values, schedule: Schedule) -> None:
     """The same training step as its formulas in PyTorch operators."""
     with plain_operators([block]), patch.object(reconstruct, "_loss", reconstruction_loss):
-        training_step_runs(block, inputs, schedule)
+        training_step(block, inputs, schedule)
 
 
 def measure(name: str, schedule: Schedule) -> list[dict[str, object]]:
@@ -80,7 +90,7 @@ def measure(name: str, schedule: Schedule) -> list[dict[str, object]]:
         inputs = tuple(fast_layout(x) for x in usual)
         search_activation_scales(block, inputs)
         step, plain = seconds_in_turn(
-            partial(training_step_runs, block, inputs, schedule), partial(plain_step, block, usual, schedule)
+            partial(training_step, block, inputs, schedule), partial(plain_step, block, usual, schedule)
         )
         with torch.no_grad():
             forward = seconds(partial(block.float_block, *inputs))
@@ -104,7 +114,7 @@ def one_step_seconds(block_name: str) -> float:
     inputs = tuple(fast_layout(x) for x in inputs_of(block))
     search_activation_scales(block, inputs)
     schedule = schedule_of(Recipe())
-    return seconds(lambda: training_step_runs(block, inputs, schedule))
+    return seconds(lambda: training_step(block, inputs, schedule))
 
 
 def allocator(block_name: str) -> dict[str, object]:

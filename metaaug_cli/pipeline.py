@@ -23,7 +23,7 @@ from metaaug_cli.graph.capture import export_program
 from metaaug_cli.graph.graph_tools import hash_graph
 from metaaug_cli.learning_images import LearningImages, gather_images
 from metaaug_cli.learning_images import Progress as ImageProgress
-from metaaug_cli.memory import peak_memory_mib
+from metaaug_cli.memory import peak_gpu_memory_mib, peak_memory_mib
 from metaaug_cli.networks.models import LoadedModel
 from metaaug_cli.prepare import (
     augmentation_kind,
@@ -376,6 +376,7 @@ def _metrics(
         "calibration_agreement_images": len(shown),
         "seconds": round(seconds, 1),
         "peak_memory_mib": peak_memory_mib(),
+        "peak_gpu_memory_mib": peak_gpu_memory_mib(),
         "blocks": {
             block.name: {
                 "loss_before": h.loss_before,

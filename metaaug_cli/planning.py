@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -11,14 +12,16 @@ from metaaug_cli.augmentation.augmenter import AugmenterSpec
 from metaaug_cli.augmentation.bilevel import MetaSchedule
 from metaaug_cli.augmentation.learned import LearnedAugmentation
 from metaaug_cli.graph.stages import stage_macs
+from metaaug_cli.layout import fast_layout
 from metaaug_cli.networks.preprocessing import Preprocessing
 from metaaug_cli.quantization.blocks import Block, Chain, search_activation_scales
-from metaaug_cli.quantization.cache import BlockData, Stream, Values, stage_bytes
-from metaaug_cli.quantization.reconstruct import Schedule, training_step_runs
+from metaaug_cli.quantization.cache import BlockData, Stream, stage_bytes
+from metaaug_cli.quantization.reconstruct import Schedule, reconstruct_block
 from metaaug_cli.recipe.augment_kinds import NONE
 
-_TIMED_BATCH = 4
-_TIMED_STEPS = 3  # the first one warms up, and others may be slowed by the machine's other work
+_TIMED_BATCH = 4  # on a CPU; a GPU takes little longer for a whole one
+# The first warms up, and others may be slowed by the machine's other work; a GPU replays from the fifth on.
+_TIMED_STEPS = {"cpu": 3, "cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -106,23 +109,39 @@ def plan_run(
 
 
 def _learning_seconds(block: Block, schedule: Schedule, device: torch.device) -> float:
-    inputs = _random_inputs(block, device)
-    search_activation_scales(block, inputs)
-    fastest = min(_timed_step(block, inputs, schedule) for _ in range(_TIMED_STEPS))
-    return fastest * schedule.iterations * schedule.batch_size / _TIMED_BATCH
+    batch = _timed_batch(schedule.batch_size, device)
+    data = _random_data(block, batch, device)
+    search_activation_scales(block, data.quantized_stream.batch(torch.arange(batch)))
+    few = replace(schedule, batch_size=batch, iterations=_TIMED_STEPS[device.type])
+    kept = {name: value.clone() for name, value in block.quantized_block.state_dict().items()}
+    ends: list[float] = [_now(device)]
+    reconstruct_block(
+        block,
+        data,
+        few,
+        generator=torch.Generator().manual_seed(0),
+        tick=lambda *_: ends.append(_now(device)),
+    )
+    block.quantized_block.load_state_dict(kept)
+    fastest = min(after - before for before, after in pairwise(ends))
+    return fastest * schedule.iterations * schedule.batch_size / batch
 
 
-def _random_inputs(block: Block, device: torch.device) -> Values:
+def _timed_batch(batch_size: int, device: torch.device) -> int:
+    return batch_size if device.type == "cuda" else min(batch_size, _TIMED_BATCH)
+
+
+def _random_data(block: Block, count: int, device: torch.device) -> BlockData:
     shapes = [value.meta["val"].shape[1:] for value in block.stage.inputs]
-    return tuple(torch.rand(_TIMED_BATCH, *map(int, shape), device=device) for shape in shapes)
+    inputs = tuple(torch.rand(count, *map(int, shape), device=device) for shape in shapes)
+    stream = Stream(tuple(map(fast_layout, inputs)), device)
+    return BlockData(stream, stream, block.float_block, None, block.computed)
 
 
-def _timed_step(block: Block, inputs: Values, schedule: Schedule) -> float:
-    start = time.perf_counter()
-    training_step_runs(block, inputs, schedule)
-    if inputs[0].device.type == "cuda":
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
 class _Trial:
@@ -130,13 +149,18 @@ class _Trial:
 
     def __init__(self, chain: Chain, teaching: TeachingPlan, device: torch.device) -> None:
         self.schedule, self.device = teaching.schedule, device
-        few = replace(teaching.schedule, steps=1, batch_size=_TIMED_BATCH, val_batch_size=_TIMED_BATCH)
-        size = (teaching.preprocessing.channels, *teaching.preprocessing.size)
+        self.few = replace(
+            self.schedule,
+            steps=1,
+            batch_size=_timed_batch(self.schedule.batch_size, device),
+            val_batch_size=_timed_batch(self.schedule.val_batch_size, device),
+        )
+        self.images = max(self.few.batch_size, self.few.val_batch_size)
         self.learned = LearnedAugmentation(
             teaching.spec,
-            few,
+            self.few,
             chain.blocks,
-            torch.rand(_TIMED_BATCH, *size),
+            torch.rand(self.images, teaching.preprocessing.channels, *teaching.preprocessing.size),
             teaching.preprocessing,
             operations=NONE,
             copies=1,
@@ -146,14 +170,13 @@ class _Trial:
 
     def seconds(self, block: Block, schedule: Schedule) -> float:
         """Teaching time of ``block``, which the blocks before it must have been searched for."""
-        stream = Stream(_random_inputs(block, self.device), self.device)
-        data = BlockData(stream, stream, block.float_block, None, block.computed)
+        data = _random_data(block, self.images, self.device)
         generator = torch.Generator().manual_seed(0)
-        taught = [
+        starts = [_now(self.device)]
+        for _ in range(_TIMED_STEPS["cpu"]):
             self.learned.learner.learn(block, data, schedule, generator=generator, measured=False)
-            for _ in range(_TIMED_STEPS)
-        ]
-        fastest = min(history.seconds for history in taught)
+            starts.append(_now(self.device))
+        fastest = min(after - before for before, after in pairwise(starts))
         # T's images walk twice through the network and once back, the others once and back.
-        share = (2 * self.schedule.batch_size + self.schedule.val_batch_size) / (3 * _TIMED_BATCH)
-        return fastest * self.schedule.steps * share
+        whole, timed = (2 * s.batch_size + s.val_batch_size for s in (self.schedule, self.few))
+        return fastest * self.schedule.steps * whole / timed

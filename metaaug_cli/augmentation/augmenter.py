@@ -26,6 +26,8 @@ _COLOUR = 0.4  # brightness and contrast change by up to this share
 _GEOMETRIC, _COLOURS = 5, 2
 _START_STRENGTH = 0.0  # half of the largest change
 
+Draws = tuple[Tensor, ...]
+
 
 @dataclass(frozen=True)
 class AugmenterSpec:
@@ -72,7 +74,7 @@ class Augmenter(nn.Module):
         self.register_buffer("high", high)
         channels = preprocessing.channels
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone; torch.manual_seed seeds GPUs too
             self.network: nn.Module = (
                 Policy(channels, spec.base_width)
                 if spec.form == "policy"
@@ -85,10 +87,17 @@ class Augmenter(nn.Module):
     low: Tensor
     high: Tensor
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """T(x); ``generator`` draws the policy's directions and partners, the other forms draw nothing."""
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Draws:
+        """What is random about T of ``count`` images: for a policy directions and partners, else nothing."""
+        if not isinstance(self.network, Policy):
+            return ()
+        return self.network.draw(count, generator)
+
+    def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
+        """T(x); ``draws`` are from ``draw`` and on the images' device, or drawn anew."""
         if isinstance(self.network, Policy):
-            return torch.clamp(self.network(x, generator), self.low, self.high)
+            directions, partners = draws or moved(self.draw(len(x)), x.device)
+            return torch.clamp(self.network(x, directions, partners), self.low, self.high)
         made = self.network(x)
         if self.spec.form == "residual":
             made = x + made
@@ -173,17 +182,19 @@ class Policy(nn.Module):
         nn.init.zeros_(self.strengths.weight)
         nn.init.constant_(self.strengths.bias, _START_STRENGTH)
 
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(N, C, H, W), values around 0; ``generator`` is on the CPU."""
-        count = len(x)
+    def draw(self, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Directions (count, 8) in [0, 1) and another order of the images (count,); both on the CPU."""
+        drawn = torch.rand(count, self.strengths.out_features, generator=generator)
+        return drawn, torch.randperm(count, generator=generator)
+
+    def forward(self, x: Tensor, drawn: Tensor, partner: Tensor) -> Tensor:
+        """(N, C, H, W), values around 0; the other two as from ``draw``, on the same device."""
         strength = torch.sigmoid(self.strengths(self.features(x)))
-        drawn = torch.rand(count, strength.shape[1], generator=generator).to(x.device)
         amount = strength * (2.0 * drawn - 1.0)
         y = _warp(x, amount[:, :_GEOMETRIC])
         brightness, contrast = (1 + _COLOUR * a.view(-1, 1, 1, 1) for a in amount[:, _GEOMETRIC:-1].unbind(1))
         centre = y.mean((1, 2, 3), keepdim=True)
         y = (y - centre) * contrast + centre * brightness
-        partner = torch.randperm(count, generator=generator).to(x.device)
         share = (_MIX * strength[:, -1] * drawn[:, -1]).view(-1, 1, 1, 1)
         return y * (1 - share) + y[partner] * share
 
@@ -206,8 +217,16 @@ def augment(
 ) -> Tensor:
     """T of every image (N, C, H, W), on the images' device."""
     device = augmenter.low.device
-    made = [augmenter(part.to(device), generator).to(images.device) for part in images.split(chunk)]
+    made = []
+    for part in images.split(chunk):
+        draws = moved(augmenter.draw(len(part), generator), device)
+        made.append(augmenter(part.to(device), draws).to(images.device))
     return torch.cat(made)
+
+
+def moved(draws: Draws, device: torch.device) -> Draws:
+    """The same draws on ``device``."""
+    return tuple(t.to(device, non_blocking=True) for t in draws)
 
 
 def image_variance(images: Tensor) -> float:

@@ -81,7 +81,7 @@ class Outer:
     """The three terms of one outer step and their gradients at T(x)."""
 
     gradients: tuple[Tensor, Tensor, Tensor]
-    validation_before: float
+    validation_before: Tensor
     validation: Tensor
     preservation: Tensor
     distance: Tensor
@@ -117,7 +117,9 @@ class BiLevel:
             if name in self.rates
         }
         self.moments = {name: torch.zeros_like(p) for name, p in self.start.items()}
-        self.seen, self.position = 0, 0
+        # Everything that steps change in place stands in tensors: a recorded step repeats what tensors do.
+        self.seen = torch.zeros((), dtype=torch.float64, device=drops.device)
+        self.position = 0
         self.params: Params = {}
         self.restart()
 
@@ -149,11 +151,12 @@ class BiLevel:
         made = made.requires_grad_()
         h_fp, h_q = self.passes.prefixes(made, self.block.index)
         targets = self.block.float_block(*h_fp)
-        before, validation, to_val = math.nan, made.new_tensor(math.nan), torch.zeros_like(made)
+        before = validation = torch.full((), math.nan, device=made.device)
+        to_val = torch.zeros_like(made)
         if self.schedule.val_weight or measure:
             if measure:
                 with torch.no_grad():
-                    before = float(self.validation(self.params, h_val, val_views))
+                    before = self.validation(self.params, h_val, val_views)
             updated = self.step(self.training_loss(self.params, h_fp, h_q, targets))
             validation = self.validation(updated, h_val, val_views)
             (to_val,) = torch.autograd.grad(validation, made, retain_graph=True)
@@ -207,7 +210,7 @@ class BiLevel:
             loss, [self.params[n] for n in names], create_graph=True, materialize_grads=True
         )
         self.position += 1
-        self.seen += 1
+        self.seen += 1.0
         updated = {}
         for name, gradient in zip(names, found, strict=True):
             before = self.params[name]
@@ -223,7 +226,7 @@ class BiLevel:
         if self.schedule.inner == "sgd":
             return gradient / constant.square().mean().sqrt().clamp(min=_SMALLEST)
         moment = self.moments[name].mul_(_SECOND_MOMENT).add_(constant.square(), alpha=1 - _SECOND_MOMENT)
-        size = (moment / (1 - _SECOND_MOMENT**self.seen)).sqrt()
+        size = (moment / (1 - _SECOND_MOMENT**self.seen).to(moment.dtype)).sqrt()
         damping = _DAMPING * size.square().mean().sqrt()
         return gradient / (size + damping).clamp(min=_SMALLEST)
 

@@ -176,7 +176,7 @@ class LearnedAugmentation:
         for index, moments in self.learner.optimizer.state_dict()["state"].items():
             state |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
         state["balance/norms"] = self.learner.running_norms
-        state["balance/steps"] = torch.tensor(self.learner.balanced_steps)
+        state["balance/steps"] = self.learner.balanced_steps.long()
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -192,4 +192,4 @@ class LearnedAugmentation:
         current["state"] = moments
         self.learner.optimizer.load_state_dict(current)
         self.learner.running_norms.copy_(state["balance/norms"])
-        self.learner.balanced_steps = int(state["balance/steps"])
+        self.learner.balanced_steps.copy_(state["balance/steps"])

@@ -136,28 +136,32 @@ class Stream:
 def _room(first: Tensor, count: int, place: torch.device) -> Tensor:
     """Room on ``place`` for ``count`` rows like those of ``first``, in its layout."""
     layout = replace(Layout.of(first), shape=torch.Size((count, *first.shape[1:])))
-    pinned = place.type == "cpu" and first.device.type == "cuda"
-    flat = torch.empty(layout.shape.numel(), dtype=first.dtype, device=place, pin_memory=pinned)
-    return layout.shaped(flat)
+    return layout.shaped(torch.empty(layout.shape.numel(), dtype=first.dtype, device=place))
 
 
 def _take(rows: Rows, indices: Tensor, device: torch.device) -> Tensor:
+    """Some of the rows, on ``device``; ``indices`` on the CPU."""
     if isinstance(rows, Tensor):
-        return _select(rows, indices.to(rows.device)).to(device, non_blocking=True)
+        if rows.device.type == device.type:
+            return _select(rows, indices.to(device, non_blocking=True))
+        return _select(rows, indices, pinned=device.type == "cuda").to(device, non_blocking=True)
     behind = indices >= len(rows.first)
     first = _take(rows.first, indices[~behind], device)
     second = _take(rows.second, indices[behind] - len(rows.first), device)
     places = (
         behind.long().argsort(stable=True).argsort()
     )  # where each row asked for lies in the two behind each other
-    return _select(torch.cat([first, second]), places.to(device))
+    return _select(torch.cat([first, second]), places.to(device, non_blocking=True))
 
 
-def _select(rows: Tensor, indices: Tensor) -> Tensor:
-    """Some of the rows, in their layout, which torch would give up."""
+def _select(rows: Tensor, indices: Tensor, *, pinned: bool = False) -> Tensor:
+    """Some of the rows, in their layout, which torch would give up; ``pinned`` ones go to a GPU unwaited."""
     if Layout.of(rows).channels_last:
-        return rows.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
-    return rows.index_select(0, indices)
+        return _select(rows.permute(0, 2, 3, 1), indices, pinned=pinned).permute(0, 3, 1, 2)
+    if not pinned:
+        return rows.index_select(0, indices)
+    chosen = torch.empty((len(indices), *rows.shape[1:]), dtype=rows.dtype, pin_memory=True)
+    return torch.index_select(rows, 0, indices, out=chosen)
 
 
 def place_for(needed: int, budget: Budget) -> torch.device | None:

@@ -22,7 +22,7 @@ def reconstruction_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor]) ->
     return torch.stack([(o - t).square().sum(1).mean() for o, t in zip(outputs, targets, strict=True)]).sum()
 
 
-def rounding_regularizer(softs: Sequence[Tensor], beta: float) -> Tensor:
+def rounding_regularizer(softs: Sequence[Tensor], beta: float | Tensor) -> Tensor:
     """Sum of 1 - |2h - 1|^beta, which pushes soft roundings h to 0 or 1 (AdaRound, ICML 2020, eq. 24)."""
     return torch.stack([(1.0 - (2.0 * h - 1.0).abs().pow(beta)).sum() for h in softs]).sum()
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from metaaug_cli.quantization.blocks import Block
 from metaaug_cli.quantization.cache import BlockData, Values
 from metaaug_cli.quantization.drops import drop_mask
 from metaaug_cli.quantization.fused import squared_error
+from metaaug_cli.quantization.graphed import Step, recorded_steps
 from metaaug_cli.quantization.losses import annealed_beta, rounding_regularizer
 
 _RATE_BUDGET = 5_000
@@ -101,7 +103,7 @@ def reconstruct_block(
     before = probe_loss(block, data, probe)
     if schedule.iterations == 0:
         return BlockHistory(before, before, time.monotonic() - started)
-    learner = _Learner(block, data, schedule, generator)
+    learner = BlockLearner(block, data, schedule, generator)
     with training(block, schedule.quant_prob, learner.drops):
         curve = learner.run(tick)
     after = probe_loss(block, data, probe)
@@ -131,20 +133,15 @@ def mix(quantized: Values, full_precision: Values, quant_prob: float, generator:
     return tuple(torch.lerp(fp, q, drop_mask(q, quant_prob, generator)) for q, fp in pairs)
 
 
-def training_step_runs(block: Block, inputs: Values, schedule: Schedule) -> None:
-    """One forward and backward pass of a training step, for timing; changes nothing."""
-    drops = torch.Generator(device=inputs[0].device).manual_seed(0)
-    targets = block.float_block(*inputs)
-    with training(block, schedule.quant_prob, drops):
-        outputs = block.quantized_block(*mix(inputs, inputs, schedule.quant_prob, drops))
-        kept = [outputs[i] for i in block.computed], [targets[i] for i in block.computed]
-        regularizer = rounding_regularizer([q.rounding() for q in block.weights.values()], schedule.beta_end)
-        (_loss(*kept) + regularizer).backward()
-    block.quantized_block.zero_grad(set_to_none=True)
+class BlockLearner:
+    """One block's optimizer, random streams and steps.
 
-
-class _Learner:
-    """One block's optimizer, random streams and loop."""
+    Args:
+        block: In ``training`` while steps are taken.
+        data: Inputs and targets.
+        schedule: Steps, rates and switches.
+        generator: CPU generator; draws the batches and, through a derived one, the drops.
+    """
 
     def __init__(self, block: Block, data: BlockData, schedule: Schedule, generator: torch.Generator) -> None:
         self.block, self.data, self.schedule, self.generator = block, data, schedule, generator
@@ -153,14 +150,20 @@ class _Learner:
         self.drops = torch.Generator(device=device).manual_seed(seed)
         self.scales: list[Tensor] = [q.relative_scale for q in block.weights.values()]
         self.scales += [q.relative_scale for q in block.activations.values()]
-        self.optimizer = torch.optim.Adam(self._groups())
+        self.on_gpu = device.type == "cuda"
+        # What changes from step to step stands in tensors, so that a recorded step sees it.
+        self.beta = torch.tensor(schedule.beta_start, device=device)
+        self.pressure = torch.tensor(0.0, device=device)
+        groups = self._groups(device)
+        self.optimizer = torch.optim.Adam(groups, fused=self.on_gpu, capturable=self.on_gpu)
         self.decayed = self.optimizer.param_groups[1:]
-        self.rates = [group["lr"] for group in self.decayed]
+        self.rates = [float(group["lr"]) for group in self.decayed]
+        self.recorded: Step | None = None
 
-    def _groups(self) -> list[dict[str, object]]:
+    def _groups(self, device: torch.device) -> list[dict[str, Any]]:
         weights, activations = self.block.weights.values(), self.block.activations.values()
         s = self.schedule
-        groups: list[dict[str, object]] = [
+        groups: list[dict[str, Any]] = [
             {"params": [q.rounding_logits for q in weights], "lr": s.rounding_lr * s.rate_factor}
         ]
         if s.learn_weight_scale:
@@ -171,28 +174,38 @@ class _Learner:
             groups.append(
                 {"params": [q.relative_scale for q in activations], "lr": s.act_scale_lr * s.rate_factor}
             )
+        for group in groups if self.on_gpu else ():
+            group["lr"] = torch.tensor(group["lr"], device=device)
         return groups
 
     def run(self, tick: Tick | None) -> list[tuple[int, float]]:
+        """All steps; returns the curve (step, reconstruction loss)."""
         steps = self.schedule.iterations
         every = max(1, steps // _CURVE_POINTS)
-        recorded: list[tuple[int, Tensor]] = []
-        for step in range(steps):
-            for group, rate in zip(self.decayed, self.rates, strict=True):
-                group["lr"] = rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-            loss = self._step(step)
-            if step % every == 0:
-                recorded.append((step, loss))
-            if tick is not None:
-                tick(step + 1, steps)
-        return [(step, float(loss)) for step, loss in recorded]
+        kept: list[tuple[int, Tensor]] = []
+        with self.replaying():
+            for step in range(steps):
+                loss = self.step(step)
+                if step % every == 0:
+                    kept.append((step, loss.clone()))
+                if tick is not None:
+                    tick(step + 1, steps)
+        return [(step, float(loss)) for step, loss in kept]
 
-    def _step(self, step: int) -> Tensor:
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """On a GPU, record a step and replay it from then on."""
+        if not self.on_gpu:
+            yield
+            return
+        with recorded_steps(self._update_flat, generators=[self.drops]) as (self.recorded,):
+            yield
+        self.recorded = None
+
+    def step(self, step: int) -> Tensor:
+        """One optimizer step on one batch; its reconstruction loss, ()."""
         schedule = self.schedule
-        indices = self.data.draw(schedule.batch_size, self.generator)
-        h_fp, h_q, targets = self.data.batch(indices)
-        outputs = self.block.quantized_block(*mix(h_q, h_fp, schedule.quant_prob, self.drops))
-        reconstruction = _loss([outputs[i] for i in self.block.computed], targets)
+        self._set_rates(0.5 * (1.0 + math.cos(math.pi * step / schedule.iterations)))
         beta = annealed_beta(
             step,
             schedule.iterations,
@@ -200,10 +213,39 @@ class _Learner:
             start=schedule.beta_start,
             end=schedule.beta_end,
         )
-        loss = reconstruction
+        h_fp, h_q, targets = self.data.batch(self.data.draw(schedule.batch_size, self.generator))
+        if self.recorded is None:
+            return self._update(h_fp, h_q, targets, beta, schedule.rounding_weight)
         if beta is not None:
-            regularizer = rounding_regularizer([q.rounding() for q in self.block.weights.values()], beta)
-            loss = loss + schedule.rounding_weight * regularizer
+            self.beta.fill_(beta)
+            self.pressure.fill_(schedule.rounding_weight)
+        return self.recorded([*h_fp, *h_q, *targets])
+
+    def _set_rates(self, share: float) -> None:
+        for group, rate in zip(self.decayed, self.rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * share)
+            else:
+                group["lr"] = rate * share
+
+    def _update_flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        inputs = len(self.block.stage.inputs)
+        h_fp, h_q, targets = tensors[:inputs], tensors[inputs : 2 * inputs], tensors[2 * inputs :]
+        return self._update(tuple(h_fp), tuple(h_q), tuple(targets), self.beta, self.pressure)
+
+    def _update(
+        self,
+        h_fp: Values,
+        h_q: Values,
+        targets: Values,
+        beta: float | Tensor | None,
+        pressure: float | Tensor,
+    ) -> Tensor:
+        outputs = self.block.quantized_block(*mix(h_q, h_fp, self.schedule.quant_prob, self.drops))
+        loss = reconstruction = _loss([outputs[i] for i in self.block.computed], targets)
+        if beta is not None:
+            softs = [q.rounding() for q in self.block.weights.values()]
+            loss = reconstruction + pressure * rounding_regularizer(softs, beta)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

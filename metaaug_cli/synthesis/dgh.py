@@ -203,7 +203,8 @@ class _Synthesis:
         self.optimizer = torch.optim.RAdam(self.batches, lr=settings.rate)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, **_PLATEAU)  # type: ignore[arg-type]
         self.seen = torch.zeros(len(counts), *self.loss.target.shape, device=device)
-        self.step, self.epoch_loss, self.last_loss = 0, 0.0, math.inf
+        self.step, self.last_loss = 0, math.inf
+        self.epoch_loss = torch.zeros((), dtype=torch.float64, device=device)  # read once a pass: a GPU waits
 
     def run(self, state: StateFile | None, tick: Tick | None, history: SynthesisHistory | None) -> None:
         """Take all remaining steps."""
@@ -237,13 +238,14 @@ class _Synthesis:
         self.optimizer.zero_grad(set_to_none=True)
         (match + stretch).backward()
         self.optimizer.step()  # steps the current batch only: the others have no gradient
-        self.epoch_loss += float(match.detach()) / len(self.batches)
+        self.epoch_loss += match.detach().double() / len(self.batches)
         self.step += 1
         if self.step % len(self.batches) == 0:
             self._end_pass()
 
     def _end_pass(self) -> None:
-        self.last_loss, self.epoch_loss = self.epoch_loss, 0.0
+        self.last_loss = float(self.epoch_loss)
+        self.epoch_loss.zero_()
         if not math.isfinite(self.last_loss):
             raise GraphError("the network computes NaN or infinite values of synthetic images")
         before = self.optimizer.param_groups[0]["lr"]
@@ -279,7 +281,7 @@ class _Synthesis:
         plateau = {k: v for k, v in self.plateau.state_dict().items() if isinstance(v, (int, float))}
         scalars = {
             "step": self.step,
-            "epoch_loss": self.epoch_loss,
+            "epoch_loss": float(self.epoch_loss),
             "last_loss": self.last_loss,
             "rate": self.optimizer.param_groups[0]["lr"],
             "plateau": plateau,
@@ -297,8 +299,8 @@ class _Synthesis:
                 self.optimizer.state[batch] = {
                     k: v if k == "step" else v.to(self.device) for k, v in kept.items()
                 }
-        self.step, self.epoch_loss = scalars["step"], scalars["epoch_loss"]
-        self.last_loss = scalars["last_loss"]
+        self.step, self.last_loss = scalars["step"], scalars["last_loss"]
+        self.epoch_loss.fill_(scalars["epoch_loss"])
         self.optimizer.param_groups[0]["lr"] = scalars["rate"]
         self.plateau.load_state_dict(scalars["plateau"])
 

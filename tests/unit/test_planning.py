@@ -98,3 +98,15 @@ def test_planning_leaves_what_is_learned_alone(name):
         for key, value in quantizer.state().items():
             assert torch.equal(value, before[key])
     assert all(q.quant_prob == 1.0 for b in chain.blocks for q in b.activations.values())
+
+
+def test_timing_the_blocks_leaves_them_as_they_were():
+    module = family("residual")
+    chain = build_chain(module, placed(module, bits=Bits(2, 2)))
+    weights = {(b.name, n): p.clone() for b in chain.blocks for n, p in b.quantized_block.named_parameters()}
+    plan_run(chain, Schedule(iterations=10, batch_size=2), images=4, device=CPU)
+    for block in chain.blocks:
+        for name, value in block.quantized_block.named_parameters():
+            assert torch.equal(value, weights[block.name, name]), (block.name, name)
+        assert all(not q.soft for q in block.weights.values())
+        assert all(q.generator is None and q.quant_prob == 1.0 for q in block.activations.values())

@@ -201,7 +201,7 @@ def test_a_plateau_halves_the_rate_and_clears_the_optimizer():
     synthesis.last_loss = synthesis.plateau.best = 0.0
     assert synthesis.optimizer.state
     for _ in range(12):
-        synthesis.epoch_loss = 5.0
+        synthesis.epoch_loss.fill_(5.0)
         synthesis._end_pass()
     assert synthesis.optimizer.param_groups[0]["lr"] == 0.15
     assert not synthesis.optimizer.state
@@ -218,7 +218,7 @@ def test_the_loss_is_not_shown_before_it_is_known():
 
 def test_a_loss_that_is_no_number_ends_the_run():
     synthesis = _Synthesis(model(), SynthesisSettings(**SMALL), torch.device("cpu"))
-    synthesis.epoch_loss = math.nan
+    synthesis.epoch_loss.fill_(math.nan)
     with pytest.raises(GraphError, match="NaN"):
         synthesis._end_pass()
 
