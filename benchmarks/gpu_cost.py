@@ -1,68 +1,76 @@
 """What learning takes on a GPU: ``python benchmarks/gpu_cost.py``.
 
-A network of ResNet-18's shape (random weights, random images of 224 px: neither changes the time) is
-quantized with MetaAug for a few outer steps and iterations, and what they take is given for 1 000
-iterations of all blocks and for one outer step. Appends to benchmarks/results/gpu_cost.jsonl; wants an
-otherwise idle GPU.
+A network of ResNet-18's shape at 224 px (random weights and images: neither changes the time), every block
+as ``--plan`` times it: seconds for 1 000 iterations of all blocks and for one outer step, with the steps
+recorded as CUDA graphs and as they are. Appends to benchmarks/results/gpu_cost.jsonl; wants an otherwise
+idle GPU.
 """
 
 from __future__ import annotations
 
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from common import is_recorded, record
 
-from metaaug_cli.calibration.data import make_calibration_set
 from metaaug_cli.networks.models import load_model
-from metaaug_cli.pipeline import quantize
+from metaaug_cli.planning import TeachingPlan, plan_run
+from metaaug_cli.prepare import augmenter_of, meta_schedule_of, prepare_chain, schedule_of
+from metaaug_cli.quantization.graphed import GraphedStep
 from metaaug_cli.recipe.config import Recipe
 
-_IMAGES = 256
-_ITERATIONS, _STEPS = 400, 8
-_FORMS = {"residual, base width 64": ("residual", 64), "policy": ("policy", 16)}
+_CASES = [("residual", 32, True), ("residual", 32, False), ("residual", 64, True), ("policy", 32, True)]
+_WIDTHS = {"residual": 64, "policy": 16}
 
 
 def measure(form: str, batch: int) -> dict[str, Any]:
-    """One short run."""
+    """Time every block."""
     model = load_model("resnet18", weights="random")
-    size = (_IMAGES, 3, *model.preprocessing.size)
-    pictures = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    calibration = make_calibration_set(pictures, model.preprocessing, [str(i) for i in range(_IMAGES)])
-    kind, width = _FORMS[form]
     recipe = Recipe().override(
         [
             *("quantization.weight_bits=2", "quantization.act_bits=4", "augmentation.kind=metaaug"),
-            *(f"metaaug.form={kind}", f"metaaug.base_width={width}", f"metaaug.steps={_STEPS}"),
-            *(f"metaaug.batch_size={batch}", f"metaaug.val_batch_size={batch}", "augmentation.copies=1"),
-            *(f"reconstruction.iterations={_ITERATIONS}", f"reconstruction.batch_size={batch}"),
+            *(f"metaaug.form={form}", f"metaaug.base_width={_WIDTHS[form]}", f"metaaug.batch_size={batch}"),
+            *(f"metaaug.val_batch_size={batch}", f"reconstruction.batch_size={batch}"),
         ]
     )
+    schedule, outer = schedule_of(recipe), meta_schedule_of(recipe)
+    chain = prepare_chain(model.module, (3, *model.preprocessing.size), recipe)
     torch.cuda.reset_peak_memory_stats()
-    result = quantize(model, calibration, recipe=recipe, device="cuda")
-    taught = [h.augmentation["seconds"] for h in result.histories if h.augmentation]
+    rows = plan_run(
+        chain,
+        schedule,
+        images=1024,
+        device=torch.device("cuda"),
+        teaching=TeachingPlan(augmenter_of(recipe), outer, model.preprocessing),
+    )
+    learned = [r.seconds for r in rows if r.seconds is not None]
+    taught = [r.augmenter_seconds / outer.steps for r in rows if r.augmenter_seconds is not None]
     return {
-        "blocks": len(result.histories),
-        "seconds_per_1000_iterations": round(
-            mean(h.seconds for h in result.histories) * 1000 / _ITERATIONS, 2
-        ),
-        "seconds_per_outer_step": round(mean(taught) / _STEPS, 4),
-        "slowest_outer_step": round(max(taught) / _STEPS, 4),
-        "peak_gpu_memory_mib": result.metrics["peak_gpu_memory_mib"],
+        "blocks": len(rows),
+        "seconds_per_1000_iterations": round(sum(learned) * 1000 / schedule.iterations, 1),
+        "seconds_per_outer_step": round(mean(taught), 4),
+        "slowest_outer_step": round(max(taught), 4),
+        "peak_gpu_memory_mib": torch.cuda.max_memory_allocated() // 2**20,
+        "cache_mib": sum(r.cache_bytes for r in rows) // 2**20,
+        "largest_cache_mib": max(r.cache_bytes for r in rows) // 2**20,
     }
 
 
 def main() -> None:
     """Measure what is not recorded yet."""
-    for form in _FORMS:
-        for batch in (32, 64):
-            key = {"network": "resnet18 shape, 224 px", "augmenter": form, "batch": batch}
-            if is_recorded("gpu_cost", key):
-                continue
+    for form, batch, replayed in _CASES:
+        key = {"network": "resnet18 shape, 224 px", "augmenter": form, "batch": batch, "replayed": replayed}
+        if is_recorded("gpu_cost", key):
+            continue
+        if replayed:
             values = measure(form, batch)
-            record("gpu_cost", key, values)
-            print(key, values, flush=True)
+        else:
+            with patch.object(GraphedStep, "__call__", lambda self, inputs: self.step(inputs)):
+                values = measure(form, batch)
+        record("gpu_cost", key, values)
+        print(key, values, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ All variants of a suite see the same calibration sets (seed = set) and are evalu
 same test images, so that differences are paired. Suites: main (32 images, every variant, 500 iterations),
 images (8 to 512 images, W2A2 and W2A4, 200 iterations, also with images made from the network beside
 them), ablation (weights, preservation, inner steps, epsilon, fixed kinds), mobilenet (64 and 512
-images of 224 px). Finished runs are kept in benchmarks/results/metaaug.jsonl and not repeated.
+images of 224 px, 60 iterations), mobilenet-128 (the same at 128 px with 200), mobilenet-long (at 224 px with
+500, for a GPU). Finished runs are kept in benchmarks/results/metaaug.jsonl and not repeated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Subject, is_recorded, mobilenet, onnx_top1, quantized, record, resnet20
+from common import Subject, is_recorded, mobilenet, mobilenet_128, onnx_top1, quantized, record, resnet20
 from data_free import stored_set
 
 from metaaug_cli.calibration.data import join_calibration_sets, load_calibration_set, save_calibration_set
@@ -117,7 +118,28 @@ def mobilenet_keys() -> list[Key]:
         _key(variant, bits=bits, num=num, seed=0, iterations=60)
         for bits, num in cells
         for variant in MOBILENET_VARIANTS
-        if num == 64 or variant not in (_SYNTHETIC_64, _PLAIN_64)
+        if variant != _POLICY_20 and (num == 64 or variant not in (_SYNTHETIC_64, _PLAIN_64))
+    ]
+
+
+def mobilenet_long_keys() -> list[Key]:
+    """224 px with schedules that learn something at 2 bits too: minutes on a GPU, hours on a CPU."""
+    cells = [("w4a4", 64), ("w2a4", 64), ("w4a4", 512), ("w2a4", 512)]
+    return [
+        _key(variant, bits=bits, num=num, seed=0, iterations=_ITERATIONS)
+        for bits, num in cells
+        for variant in ("genie", _POLICY_20)
+    ]
+
+
+def mobilenet_128_keys() -> list[Key]:
+    """128 px, where a CPU can afford three calibration sets and 200 iterations; set by set."""
+    usual = ("genie", _POLICY_10)
+    return [
+        _key(variant, bits="w4a4", num=num, seed=seed, iterations=_SHORT)
+        for seed in range(3)
+        for num, variants in ((64, (*usual, _SYNTHETIC_64)), (512, usual))
+        for variant in variants
     ]
 
 
@@ -140,11 +162,13 @@ ABLATION = {
     "rand-geometric": ["augmentation.kind=rand-geometric"],
 }
 _LARGE = ["metaaug.form=policy", "metaaug.steps=10", "metaaug.batch_size=8", "metaaug.val_batch_size=16"]
+_POLICY_10, _POLICY_20 = (f"policy, {steps} outer steps, 2 copies" for steps in (10, 20))
 MOBILENET_VARIANTS = {
     "genie": ["augmentation.kind=none"],
-    "policy, 10 outer steps, 2 copies": [_LEARNED, *_LARGE, "augmentation.copies=2"],
+    _POLICY_10: [_LEARNED, *_LARGE, "augmentation.copies=2"],
     _SYNTHETIC_64: ["augmentation.kind=none"],
     _PLAIN_64: ["augmentation.kind=none"],
+    _POLICY_20: [_LEARNED, *_POLICY, "metaaug.steps=20", "augmentation.copies=2"],
 }
 _CHANGES = VARIANTS | ABLATION | MOBILENET_VARIANTS
 
@@ -153,6 +177,8 @@ SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
     "images": (resnet20, images),
     "ablation": (resnet20, ablation),
     "mobilenet": (mobilenet, mobilenet_keys),
+    "mobilenet-128": (mobilenet_128, mobilenet_128_keys),
+    "mobilenet-long": (mobilenet, mobilenet_long_keys),
 }
 
 

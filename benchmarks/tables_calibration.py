@@ -48,15 +48,16 @@ def data_free_cost() -> str:
             r["model"],
             f"{r['side']} px",
             str(r["num"]),
+            "GPU" if "device" in r else "CPU",
             f"{r['minutes_at_default']:.1f}",
-            f"{r['peak_memory_mib']:,}",
-            f"{r['peak_memory_mib_before']:,}",
+            f"{r['peak_gpu_memory_mib' if 'device' in r else 'peak_memory_mib']:,}",
+            "" if "device" in r else f"{r['peak_memory_mib_before']:,}",
             f"{r['load']:.1f}",
         ]
         for r in records("data_free_cost")
     ]
     return markdown(
-        ["network", "side", "images", "minutes", "peak MiB", "MiB before it", "load on 2 cores"], rows
+        ["network", "side", "images", "on", "minutes", "peak MiB there", "MiB before it", "load"], rows
     )
 
 

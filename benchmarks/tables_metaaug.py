@@ -87,17 +87,29 @@ def ablation() -> str:
 
 
 def mobilenet() -> str:
-    """224 px, one calibration set."""
-    found = [r for r in records("metaaug") if r["model"] == "mobilenet_v1_075"]
+    """224 and 128 px."""
+    found = [r for r in records("metaaug") if r["model"].startswith("mobilenet_v1_075")]
+    groups: dict[tuple[object, ...], dict[str, dict[int, Record]]] = {}
+    for r in found:
+        cell = (_side(r), r["bits"].upper(), r["num"], r["iterations"], _computed_on(r))
+        groups.setdefault(cell, {}).setdefault(r["variant"], {})[r["seed"]] = r
     rows = []
-    for bits, num in dict.fromkeys((r["bits"], r["num"]) for r in found):
-        group = [r for r in found if (r["bits"], r["num"]) == (bits, num)]
-        base = {r["seed"]: r for r in group if r["variant"] == _BASE}
-        for r in group:
-            gain = paired({r["seed"]: r}, base) if r["variant"] != _BASE else ""
-            top1 = f"{r['onnxruntime']:.2f}"
-            rows.append([bits.upper(), str(num), r["variant"], top1, gain, f"{r['seconds'] / 60:.0f}"])
-    return markdown(["bits", "images", "variant", "top-1", "minus genie", "minutes"], rows)
+    for cell, variants in groups.items():
+        for variant, sets in variants.items():
+            gain = paired(sets, variants.get(_BASE, {})) if variant != _BASE else ""
+            top1 = spread([r["onnxruntime"] for r in sets.values()])
+            minutes = mean(r["seconds"] for r in sets.values()) / 60
+            rows.append([*map(str, cell), variant, top1, gain, str(len(sets)), f"{minutes:.0f}"])
+    header = ["side", "bits", "images", "iterations", "on", "variant", "top-1", "minus genie", "sets"]
+    return markdown([*header, "minutes"], rows)
+
+
+def _side(record: Record) -> str:
+    return "128 px" if "128 px" in record["model"] else "224 px"
+
+
+def _computed_on(record: Record) -> str:
+    return "H100" if "H100" in record["machine"] else "CPU"
 
 
 def images() -> str:
@@ -157,3 +169,21 @@ def speed() -> str:
         "gradients differ by",
     ]
     return markdown([*header, "peak MiB"], rows)
+
+
+def gpu() -> str:
+    """Learning and outer steps on a GPU."""
+    rows = [
+        [
+            r["network"],
+            str(r["batch"]),
+            "replayed" if r["replayed"] else "as they are",
+            f"{r['seconds_per_1000_iterations']:.1f}",
+            f"{r['augmenter']}",
+            f"{r['seconds_per_outer_step']:.3f}",
+            f"{r['peak_gpu_memory_mib']:,}",
+        ]
+        for r in records("gpu_cost")
+    ]
+    header = ["network", "images", "steps", "s / 1 000 iterations of all blocks", "T", "s / outer step"]
+    return markdown([*header, "peak GPU MiB"], rows)

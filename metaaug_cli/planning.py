@@ -151,7 +151,7 @@ class _Trial:
         self.schedule, self.device = teaching.schedule, device
         self.few = replace(
             self.schedule,
-            steps=1,
+            steps=_TIMED_STEPS[device.type],
             batch_size=_timed_batch(self.schedule.batch_size, device),
             val_batch_size=_timed_batch(self.schedule.val_batch_size, device),
         )
@@ -172,11 +172,16 @@ class _Trial:
         """Teaching time of ``block``, which the blocks before it must have been searched for."""
         data = _random_data(block, self.images, self.device)
         generator = torch.Generator().manual_seed(0)
-        starts = [_now(self.device)]
-        for _ in range(_TIMED_STEPS["cpu"]):
-            self.learned.learner.learn(block, data, schedule, generator=generator, measured=False)
-            starts.append(_now(self.device))
-        fastest = min(after - before for before, after in pairwise(starts))
+        ends = [_now(self.device)]
+        self.learned.learner.learn(
+            block,
+            data,
+            schedule,
+            generator=generator,
+            tick=lambda *_: ends.append(_now(self.device)),
+            measured=False,
+        )
+        fastest = min(after - before for before, after in pairwise(ends))
         # T's images walk twice through the network and once back, the others once and back.
         whole, timed = (2 * s.batch_size + s.val_batch_size for s in (self.schedule, self.few))
         return fastest * self.schedule.steps * whole / timed

@@ -45,7 +45,7 @@ def test_a_set_without_images_quantizes_a_network(tmp_path, capsys):
     stored = load_calibration_set(tmp_path / "s.safetensors")
     assert report["num"] == len(stored.images) == 6
     assert report["sha256"] == stored.sha256
-    assert "6 images, 3 steps each on cpu: about" in output.err
+    assert "6 images, 3 steps each on " in output.err
     assert "BN loss" in output.err
     pictures = sorted((tmp_path / "sheet").iterdir())
     assert len(pictures) == 6
