@@ -88,9 +88,10 @@ def mobilenet_keys() -> Iterator[Key]:
 
 
 def mobilenet_128_keys() -> Iterator[Key]:
-    """Where the images start from, at 4 bits with learning."""
-    kinds = ("real", "dgh", "dgh from plain noise")
-    yield from sorted(_keys(["w4a4"], ["integer"], [("genie", 60)], kinds, num=64), key=lambda k: k["seed"])
+    """Where the images start from, at 4 bits with learning; then each idea removed, seed by seed."""
+    for kinds in (("real", "dgh", "dgh from plain noise"), tuple(ABLATIONS)):
+        keys = _keys(["w4a4"], ["integer"], [("genie", 60)], kinds, num=64)
+        yield from sorted(keys, key=lambda key: key["seed"])
 
 
 def mobilenet_long_keys() -> Iterator[Key]:

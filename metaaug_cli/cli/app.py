@@ -4,12 +4,15 @@ import errno
 import io
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -19,7 +22,7 @@ from metaaug_cli.cli import calibrate, demo, evaluate, export, quantize
 from metaaug_cli.cli.console import Console, LogHandler, reserve_stdout
 from metaaug_cli.errors import MetaAugError
 
-USAGE, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
+USAGE, FAILED, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 3, 130, 141, 143
 _INPUT_ERRNOS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS}
 
 EPILOG = """\
@@ -33,7 +36,7 @@ EPILOG = """\
 
 [bold]Exit codes[/bold]
   0 done    1 a gate was missed    2 usage or input is wrong
-  3 the run failed                 130 interrupted
+  3 the run failed                 130 interrupted (143 by SIGTERM)
 
 metaaug COMMAND --help explains each command with examples."""
 
@@ -89,15 +92,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = _complete_json_flag([item for item in arguments if item != "--debug"])
     json_on_stdout = any(pair == ("--json", "-") for pair in pairwise(arguments))
-    with _logging(debug=debug), reserve_stdout() if json_on_stdout else nullcontext():
+    output = reserve_stdout() if json_on_stdout else nullcontext()
+    with _logging(debug=debug), output, _terminable() as received:
         try:
             # Typer answers Ctrl-C and its own early exits with a code instead of an exception.
             code = app(args=arguments, prog_name="metaaug", standalone_mode=False)
         except (Exception, SystemExit) as exc:
-            return _report(exc, debug=debug)
-    if code == INTERRUPTED:
-        Console().error("interrupted", hint="the same command starts again from the beginning")
+            code = _report(exc, debug=debug)
+        else:
+            if code == INTERRUPTED:
+                Console().error("interrupted", hint="the same command starts again from the beginning")
+    if code == INTERRUPTED and received:
+        return TERMINATED
     return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """SIGTERM, which schedulers send before they kill, ends a command as Ctrl-C does; yields what came."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complete_json_flag(arguments: list[str]) -> list[str]:

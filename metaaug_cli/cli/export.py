@@ -12,7 +12,7 @@ import typer
 from metaaug_cli.cli.bench import run_bench
 from metaaug_cli.cli.console import Column, Console
 from metaaug_cli.cli.options import OUTPUT_PANEL, JsonOpt, QuietOpt
-from metaaug_cli.errors import InputError
+from metaaug_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from metaaug_cli.deployment.export import ExportResult
@@ -134,6 +134,11 @@ def export(
     console = Console(quiet=quiet, json=json)
     if out.is_dir():
         raise InputError(f"{out} is a directory", hint=f"name a file: -o {out / (run.name + '.onnx')}")
+    if out.suffix != ".onnx":
+        raise UsageError(
+            f"-o {out} does not end in .onnx, by which evaluate and other tools know the format",
+            hint=f"-o {out.with_suffix('.onnx')}",
+        )
 
     from metaaug_cli.deployment.export import export_onnx
     from metaaug_cli.deployment.ort import count_kernels
@@ -290,10 +295,13 @@ def inspect(file: FileArg, json: JsonOpt = None, quiet: QuietOpt = False) -> Non
 
 def _show_header(console: Console, summary: OnnxSummary) -> None:
     versions = f"opset {summary.opset}, IR {summary.ir_version}"
+    loads = f"ONNX Runtime {summary.least_onnxruntime} or later (1.20 is the oldest tried)"
+    if summary.unknown_operators:
+        loads = f"nothing without a library for {', '.join(summary.unknown_operators)}"
     rows: list[tuple[str, object]] = [
         ("size", f"{_megabytes(summary.size_bytes)}, {versions}"),
         ("written by", summary.producer),
-        ("loads in", f"ONNX Runtime {summary.least_onnxruntime} or later (1.20 is the oldest tried)"),
+        ("loads in", loads),
     ]
     if summary.manifest is not None:
         rows += _manifest_rows(summary.manifest)

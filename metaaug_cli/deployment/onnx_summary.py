@@ -15,6 +15,8 @@ from metaaug_cli.deployment.packing import saturating_layers
 from metaaug_cli.deployment.runtimes import least_release
 from metaaug_cli.errors import InputError
 
+_RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc")  # ONNX Runtime's own
+
 
 @dataclass(frozen=True)
 class LayerSummary:
@@ -84,7 +86,8 @@ class OnnxSummary:
         layers: Quantized weights in graph order.
         activations: Activation quantizers in graph order.
         float_layers: Convolutions and linear layers whose weights are float.
-        least_onnxruntime: Oldest ONNX Runtime release it loads in.
+        least_onnxruntime: Oldest ONNX Runtime release it loads in, where it knows all operators.
+        unknown_operators: Operators that neither ONNX nor ONNX Runtime defines.
         saturating: Layers that need a session option on x86 without VNNI.
     """
 
@@ -98,6 +101,7 @@ class OnnxSummary:
     activations: tuple[ActivationSummary, ...]
     float_layers: tuple[str, ...]
     least_onnxruntime: str
+    unknown_operators: tuple[str, ...]
     saturating: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,6 +134,7 @@ def summarize_onnx(path: Path) -> OnnxSummary:
         activations=tuple(_activation(t, act_bits) for t in code_tensors(model)),
         float_layers=tuple(_float_layers(model)),
         least_onnxruntime=least_release(model),
+        unknown_operators=tuple(_unknown_operators(model)),
         saturating=tuple(saturating_layers(model)),
     )
 
@@ -186,6 +191,18 @@ def _float_layers(model: onnx.ModelProto) -> list[str]:
         for node in model.graph.node
         if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in floats
     ]
+
+
+def _unknown_operators(model: onnx.ModelProto) -> list[str]:
+    own = {(f.domain, f.name) for f in model.functions}
+    found = {
+        f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        for node in model.graph.node
+        if (node.domain, node.op_type) not in own
+        and node.domain not in _RUNTIME_DOMAINS
+        and not onnx.defs.has(node.op_type, "" if node.domain == "ai.onnx" else node.domain)
+    }
+    return sorted(found)
 
 
 def _type_name(onnx_type: int) -> str:

@@ -98,7 +98,7 @@ def _built(factory: object, path: Path, name: str, *, seed: int) -> nn.Module:
         raise InputError(f"{name} in {path} is not callable")
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: GPUs' streams are the caller's
             built = factory()
     except (Exception, SystemExit) as exc:
         raise _user_error(f"calling {name}() of {path}", exc, path) from exc

@@ -106,12 +106,26 @@ def load_model(
     overrides = {"size": size, "mean": mean, "std": std, "interpolation": interpolation}
     preprocessing = _resolve_preprocessing(source, overrides, resize)
     if isinstance(source.module, nn.Module):
+        _require_dense(source.module, source.name)
         source.module.eval().to("cpu", torch.float32).requires_grad_(False)
     held = source.module.state_dict
     state = held() if callable(held) else held
     _require_finite(state, source.weights)
     digest = hash_state(state)
     return LoadedModel(source.module, source.name, preprocessing, source.weights, digest)
+
+
+def _require_dense(module: nn.Module, name: str) -> None:
+    for key, tensor in module.state_dict().items():
+        if tensor.is_meta:
+            raise InputError(
+                f"{name} was built without values (meta device): {key}",
+                hint="build it on the CPU, or load its weights in the factory",
+            )
+        if tensor.layout != torch.strided:
+            raise InputError(
+                f"{name} holds sparse weights: {key}", hint="return a network with dense weights (to_dense())"
+            )
 
 
 def _require_finite(state: Mapping[str, torch.Tensor], weights: str) -> None:
@@ -363,5 +377,5 @@ def _timm_preprocessing(module: nn.Module, timm: Any) -> Preprocessing:
 def _seeded(build: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a builder so that untrained weights are the same every time."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return build(*args, **kwargs)

@@ -11,6 +11,7 @@ import re
 import tempfile
 import urllib.error
 import urllib.request
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -56,13 +57,25 @@ def read_state_dict(path: Path) -> StateDict:
             f"{path} is not a weights file that can be read",
             hint="weights come as .safetensors, .pt or .pth",
         )
-    return _tensors_of(_restricted_load(path), path)
+    return _dense(_tensors_of(_restricted_load(path), path), path)
+
+
+def _dense(state: StateDict, path: Path) -> StateDict:
+    """Sparse tensors, as pruned networks may store them, as dense ones; a file of bare shapes is refused."""
+    empty = [name for name, tensor in state.items() if tensor.is_meta]
+    if empty:
+        raise InputError(
+            f"{path} holds shapes without values (meta tensors): {empty[0]}",
+            hint="save the weights after they were loaded or trained",
+        )
+    return {k: v.to_dense() if v.layout != torch.strided else v for k, v in state.items()}
 
 
 def _restricted_load(path: Path) -> object:
     try:
         # Training scripts store their arguments beside the weights; a Namespace only holds values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Validating sparse tensor invariants")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as exc:
         blocked = re.search(r"GLOBAL ([\w.]+)", str(exc))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaaug_cli.errors import InputError
 from metaaug_cli.quantization.blocks import Block
 from metaaug_cli.quantization.cache import BlockData, Values
 from metaaug_cli.quantization.drops import drop_mask
@@ -97,10 +98,18 @@ def reconstruct_block(
 
     Returns:
         Losses before (searched scales, nearest rounding) and after, on up to 256 images, and the curve.
+
+    Raises:
+        InputError: The block gives NaN or infinite values for some of the images.
     """
     started = time.monotonic()
     probe = torch.arange(min(len(data), PROBE_IMAGES))
     before = probe_loss(block, data, probe)
+    if not math.isfinite(before):
+        raise InputError(
+            f"block {block.name}: NaN or infinite values for some of the images",
+            hint="leave those images out, or check the weights and how images are prepared (--mean, --std)",
+        )
     if schedule.iterations == 0:
         return BlockHistory(before, before, time.monotonic() - started)
     learner = BlockLearner(block, data, schedule, generator)

@@ -97,6 +97,11 @@ class Recipe(Section):
             self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100
         )
 
+    def changes_since(self, other: "Recipe") -> list[str]:
+        """Settings in which this recipe differs from an earlier one, as "section.key: 20 -> 21"."""
+        now, then = (_flat(r.model_dump(mode="json", exclude={"name"})) for r in (self, other))
+        return [f"{key}: {then.get(key)} -> {value}" for key, value in now.items() if then.get(key) != value]
+
     def sha256(self) -> str:
         """Hex digest over every setting that can change the result (all but ``name``)."""
         settings = self.model_dump(mode="json", exclude={"name"})
@@ -119,6 +124,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise RecipeError(f"cannot read recipe {path}: {reason}", hint=_shipped_hint()) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {_one_line(error)}") from None
+    except RecursionError:
+        raise RecipeError(f"recipe {path} is nested too deeply to be a recipe") from None
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
@@ -134,6 +141,16 @@ def shipped_recipes() -> dict[str, Path]:
         if folder.is_dir():
             return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda p: p.stem)}
     return {}
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": v for inner, v in value.items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -177,6 +194,8 @@ def _assign(settings: dict[str, Any], assignment: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{key}: {_one_line(error)}") from None
+    except RecursionError:
+        raise ValueError(f"{key}: the value is nested too deeply") from None
     *sections, leaf = key.split(".")
     for depth, section in enumerate(sections):
         inner = settings.get(section)

@@ -33,7 +33,7 @@ from metaaug_cli.quantization.blocks import Block, Chain
 from metaaug_cli.quantization.reconstruct import BlockHistory
 from metaaug_cli.recipe.config import Recipe, load_recipe
 from metaaug_cli.runs.environment import environment
-from metaaug_cli.runs.run_info import Fingerprint, RunInfo, changes_of_machine
+from metaaug_cli.runs.run_info import Fingerprint, RunInfo, changes_of_inputs, changes_of_machine
 
 SCHEMA_VERSION = 1
 RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE = (
@@ -56,12 +56,6 @@ _RUN_KEYS = {
 }
 _REPAIR = "repair the run with the same `metaaug quantize` command and --resume"
 _logger = logging.getLogger(__name__)
-_MEANING = {
-    "recipe": "the recipe",
-    "weights": "the model's weights",
-    "graph": "the model's code",
-    "calibration": "the calibration set",
-}
 
 
 def _warn_of_changes(before: dict[str, Any], info: RunInfo) -> None:
@@ -128,7 +122,7 @@ class RunDirectory:
         self.require_free(resume=resume)
         done = 0
         if self.holds_run:
-            self._require_same(info.fingerprint)
+            self._require_same(info.fingerprint, recipe)
             done = self._done(info.blocks)
             _warn_of_changes(read_info(self.path), info)
         try:
@@ -144,14 +138,20 @@ class RunDirectory:
         self._write_info(info, "running")
         return done
 
-    def _require_same(self, now: Fingerprint) -> None:
-        before = read_info(self.path)["fingerprint"]
-        changed = [_MEANING[key] for key, value in asdict(now).items() if before.get(key) != value]
+    def _require_same(self, now: Fingerprint, recipe: Recipe) -> None:
+        changed = changes_of_inputs(read_info(self.path)["fingerprint"], now, self._changes_of(recipe))
         if changed:
             raise RecipeError(
                 f"cannot resume {self.path}: {' and '.join(changed)} changed since it was started",
                 hint="use the same recipe, model and images, or start afresh with another --out",
             )
+
+    def _changes_of(self, recipe: Recipe) -> list[str]:
+        """The settings that are not as the run was begun with, as far as its own file can say."""
+        try:
+            return recipe.changes_since(load_recipe(self.path / RECIPE_FILE))
+        except RecipeError:
+            return []
 
     def _done(self, names: list[str]) -> int:
         for index, name in enumerate(names):
@@ -253,10 +253,15 @@ def read_info(run_dir: Path) -> dict[str, Any]:
     path = run_dir / RUN_FILE
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except OSError as error:
         raise InputError(
-            f"{run_dir} is not a run directory (no readable {RUN_FILE})",
+            f"{run_dir} is not a run directory ({RUN_FILE}: {error.strerror})",
             hint="give the --out directory of `metaaug quantize`",
+        ) from None
+    except ValueError:
+        raise InputError(
+            f"{path} is damaged: it is not JSON",
+            hint="restore it from a copy, or start afresh with another --out",
         ) from None
     if not isinstance(info, dict) or "schema_version" not in info:
         raise InputError(f"{path} is not a run's", hint="start afresh with another --out")

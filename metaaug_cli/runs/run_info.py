@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from metaaug_cli.runs.environment import environment
@@ -33,6 +33,18 @@ class RunInfo:
     blocks: list[str]
     device: str
     command: str | None = None
+
+
+def changes_of_inputs(before: dict[str, Any], now: Fingerprint, settings: list[str]) -> list[str]:
+    """What the user gives now but did not ``before``; ``settings`` are those of the recipe that differ."""
+    named = f" ({', '.join(settings)})" if settings else ""
+    meaning = {
+        "recipe": f"the recipe{named}",
+        "weights": "the model's weights",
+        "graph": "the model's code",
+        "calibration": "the calibration set",
+    }
+    return [meaning[key] for key, value in asdict(now).items() if before.get(key) != value]
 
 
 def changes_of_machine(before: dict[str, Any], device: str) -> list[str]:

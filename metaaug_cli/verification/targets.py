@@ -135,8 +135,9 @@ def _open_onnx(path: Path, spec: str | None, options: Mapping[str, Any]) -> Targ
     session = open_session(path, options=session_options)
     if spec is None and "weights" in options:
         raise UsageError("--weights needs --model", hint="--model FILE.py:FACTORY names the float network")
-    loaded = load_model(spec, **options) if spec is not None else None
-    preprocessing = _preprocessing(loaded, manifest, options)
+    stored = Preprocessing.from_dict(manifest.preprocessing) if manifest and manifest.preprocessing else None
+    loaded = load_model(spec, **options, fallback=stored) if spec is not None else None
+    preprocessing = _preprocessing(loaded, stored, options)
     predictors: dict[str, Predictor] = {FLOAT: _float_predictor(loaded)} if loaded else {}
     predictors[ONNXRUNTIME] = onnx_predictor(session)
     _check_input_shape(session, preprocessing)
@@ -171,17 +172,19 @@ def _manifest_of(path: Path) -> Manifest | None:
 
 
 def _preprocessing(
-    loaded: LoadedModel | None, manifest: Manifest | None, options: Mapping[str, Any]
+    loaded: LoadedModel | None, stored: Preprocessing | None, options: Mapping[str, Any]
 ) -> Preprocessing:
-    stored = Preprocessing.from_dict(manifest.preprocessing) if manifest and manifest.preprocessing else None
-    if loaded is not None:
-        if stored is not None and (differences := loaded.preprocessing.differences(stored)):
-            _logger.warning(
-                "the file was made with another preprocessing than --model gives (%s)", "; ".join(differences)
-            )
-        return loaded.preprocessing
+    """How the images are prepared for every version: the flags first, then what the file was made for."""
     if stored is not None:
-        return replace(stored, **options)
+        chosen = replace(stored, **{k: v for k, v in options.items() if k != "weights"})
+        if loaded is not None and (differences := loaded.preprocessing.differences(chosen)):
+            _logger.warning(
+                "--model prepares its images otherwise than the file, whose way is used (%s)",
+                "; ".join(differences),
+            )
+        return chosen
+    if loaded is not None:
+        return loaded.preprocessing
     missing = [f"--{name}" for name in ("size", "mean", "std") if name not in options]
     if missing:
         raise UsageError(

@@ -183,6 +183,12 @@ def test_a_damaged_run_is_refused_and_resume_repairs_it(root, run, capsys, file,
         assert main(["export", str(run), "-o", str(run.parent / "model.onnx"), "-q"]) == 0
 
 
+def test_another_suffix_than_onnx_is_refused_before_anything_is_written(run, capsys, tmp_path):
+    assert main(["export", str(run), "-o", str(tmp_path / "model.txt")]) == 2
+    refused(capsys, 2, "does not end in .onnx", "model.onnx")
+    assert not (tmp_path / "model.txt").exists()
+
+
 def test_damaged_metrics_do_not_stand_in_the_way(run, capsys):
     (run / "metrics.json").write_text("{")
     assert main(["export", str(run), "-o", str(run.parent / "model.onnx")]) == 0
@@ -194,7 +200,8 @@ def test_a_file_in_place_of_a_folder_in_the_output_path(run, root, capsys):
     refused(capsys, 2, "cannot write", "nets.py/model.onnx: Not a directory")
 
 
-def test_ctrl_c_keeps_the_blocks_and_says_how_to_go_on(root, tmp_path):
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_keeps_its_blocks_and_says_how_to_go_on(root, tmp_path, stop, code):
     arguments = ["quantize", f"{root / 'nets.py'}:net", "--weights", "random", *SIZES]
     arguments += ["--calib", str(root / "images"), "--out", str(tmp_path / "run"), "--iterations", "200000"]
     started = subprocess.Popen(
@@ -204,9 +211,9 @@ def test_ctrl_c_keeps_the_blocks_and_says_how_to_go_on(root, tmp_path):
     while not (tmp_path / "run" / "run.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
-    started.send_signal(signal.SIGINT)
+    started.send_signal(stop)
     _, err = started.communicate(timeout=60)
-    assert started.returncode == 130
+    assert started.returncode == code
     assert "error: interrupted" in err
     assert "--resume" in err
     assert "Traceback" not in err

@@ -210,6 +210,15 @@ def test_our_own_file_knows_its_preprocessing(work, onnx_file, capsys):
     assert 0.7 < report["evaluation"]["scores"]["onnxruntime"]["top1"] < 0.9
 
 
+def test_the_files_own_preprocessing_goes_before_the_models(work, onnx_file, capsys):
+    spec, *rest = work.model
+    plain = report_of(capsys, onnx_file, "--data", work.val, "--model", spec, *rest)[1]
+    silent = [spec, *rest[rest.index("--weights") : rest.index("--weights") + 2]]  # no --size, --mean, --std
+    code, report = report_of(capsys, onnx_file, "--data", work.val, "--model", *silent)
+    assert code == 0
+    assert report["evaluation"]["scores"] == plain["evaluation"]["scores"]
+
+
 @pytest.fixture
 def foreign(work, tmp_path):
     """A float file of another tool with a fixed batch of 7: global pool, then Gemm."""

@@ -231,8 +231,14 @@ def other_code():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"recipe": lambda: recipe("reconstruction.iterations=21")}, "the recipe"),
-        ({"recipe": lambda: recipe("quantization.placement=academic")}, "the recipe"),
+        (
+            {"recipe": lambda: recipe("reconstruction.iterations=21", "seed=1")},
+            "the recipe (seed: 0 -> 1, reconstruction.iterations: 20 -> 21)",
+        ),
+        (
+            {"recipe": lambda: recipe("quantization.placement=academic")},
+            "the recipe (quantization.placement: integer -> academic)",
+        ),
         ({"model": lambda: model(seed=5)}, "the model's weights"),
         ({"model": other_code}, "the model's code"),
         ({"calibration": lambda: calibration(seed=5)}, "the calibration set"),

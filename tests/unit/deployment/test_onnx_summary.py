@@ -101,6 +101,17 @@ def test_files_of_other_tools(tmp_path):
     assert summary.float_layers == ("/last/Conv",)
 
 
+def test_operators_that_nobody_defines_are_named(tmp_path):
+    model = onnx.load(other_tools_file(tmp_path / "other.onnx"))
+    assert summarize_onnx(tmp_path / "other.onnx").unknown_operators == ()
+    end = model.graph.output[0].name
+    extra = [("Mystery", ""), ("Fast", "vendor"), ("QuickGelu", "com.microsoft"), ("Relu", "")]
+    for op, domain in extra:
+        model.graph.node.append(helper.make_node(op, [end], [f"after_{op}"], domain=domain))
+    onnx.save(model, tmp_path / "strange.onnx")
+    assert summarize_onnx(tmp_path / "strange.onnx").unknown_operators == ("Mystery", "vendor.Fast")
+
+
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"hello world" * 20])
 def test_what_is_no_onnx_file_is_an_input_error(tmp_path, content):
     path = tmp_path / "m.onnx"

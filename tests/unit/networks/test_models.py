@@ -1,5 +1,7 @@
 """Models load from every source with their own preprocessing; factories are checked."""
 
+import textwrap
+
 import pytest
 import torch
 import user_code
@@ -81,6 +83,27 @@ def test_files_that_do_not_import(tmp_path, text, message):
     (tmp_path / "net.py").write_text(text)
     with pytest.raises(InputError, match=message):
         load_model(f"{tmp_path / 'net.py'}:build", **FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("network.to('meta')", "built without values"),
+        ("network.register_buffer('kept', torch.eye(3).to_sparse())", "holds sparse weights: kept"),
+    ],
+)
+def test_networks_without_ordinary_weights_are_refused(tmp_path, change, message):
+    text = f"""
+        import torch
+
+        def build():
+            network = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3))
+            {change}
+            return network
+    """
+    (tmp_path / "net.py").write_text(textwrap.dedent(text))
+    with pytest.raises(InputError, match=message):
+        load_model(f"{tmp_path / 'net.py'}:build", weights="random", **FLAGS)
 
 
 def test_a_factory_may_import_its_neighbours(network_file):

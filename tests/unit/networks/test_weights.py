@@ -28,8 +28,9 @@ from metaaug_cli.networks.weights import cached_weights, hash_state
         lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "best": torch.tensor(0.9)},
         lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
         lambda s: {k: v.double() for k, v in s.items()},
+        lambda s: {k: v.to_sparse() if v.dim() > 1 else v for k, v in s.items()},
     ],
-    ids=["plain", "nested", "module", "compiled", "lightning", "no-counter", "double"],
+    ids=["plain", "nested", "module", "compiled", "lightning", "no-counter", "double", "sparse"],
 )
 def test_checkpoints_of_many_shapes(network_file, state, tmp_path, wrap):
     torch.save(wrap(state), tmp_path / "net.pth")
@@ -75,6 +76,12 @@ def test_unreadable_weights(network_file, tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         user_code.load(network_file, tmp_path / name)
+
+
+def test_a_file_of_bare_shapes_is_refused(network_file, state, tmp_path):
+    torch.save({k: v.to("meta") for k, v in state.items()}, tmp_path / "meta.pt")
+    with pytest.raises(InputError, match="shapes without values"):
+        user_code.load(network_file, tmp_path / "meta.pt")
 
 
 def test_checkpoint_without_tensors(network_file, tmp_path):

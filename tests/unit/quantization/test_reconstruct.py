@@ -6,6 +6,7 @@ import pytest
 import torch
 from networks import family, images, placed
 
+from metaaug_cli.errors import InputError
 from metaaug_cli.graph.placement import Bits
 from metaaug_cli.quantization.blocks import build_chain, search_activation_scales
 from metaaug_cli.quantization.cache import BlockData, Stream
@@ -198,6 +199,16 @@ def test_probe_weighs_every_image_the_same():
     block, data = residual_block()
     whole = probe_loss(block, data, torch.arange(50), chunk=50)
     assert probe_loss(block, data, torch.arange(50), chunk=7) == pytest.approx(whole, rel=1e-4)
+
+
+def test_images_that_end_in_nan_are_refused_before_anything_is_learned():
+    block, data = residual_block()
+    data.targets[0][3] = math.nan
+    before = {k: v.clone() for k, v in block.quantized_block.state_dict().items()}
+    with pytest.raises(InputError, match=r"layer1\.0: NaN or infinite values for some of the images"):
+        reconstruct_block(block, data, Schedule(iterations=5), generator=torch.Generator())
+    for key, value in block.quantized_block.state_dict().items():
+        assert torch.equal(value, before[key]), key
 
 
 def test_an_error_inside_a_step_leaves_the_block_usable():

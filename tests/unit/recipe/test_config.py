@@ -233,3 +233,21 @@ def test_the_metaaug_recipes_have_the_papers_weights(name, epsilon):
     assert (schedule.val_weight, schedule.margin_weight, schedule.preserve_weight) == (5.0, 0.5, 3e4)
     assert augmenter_of(recipe).epsilon == epsilon
     assert augmenter_of(recipe.override(["metaaug.epsilon=auto"])).epsilon == epsilon
+
+
+def test_a_recipe_that_nests_without_end_is_refused(tmp_path):
+    path = tmp_path / "deep.yaml"
+    path.write_text("a: " + "[" * 100_000)
+    with pytest.raises(RecipeError, match=r"nested too deeply|not valid YAML"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match=r"nested too deeply|flow"):
+        Recipe().override(["seed=" + "[" * 100_000])
+
+
+def test_changes_name_the_setting_and_both_values():
+    later = Recipe().override(["reconstruction.iterations=7", "seed=3"])
+    assert later.changes_since(later.model_copy(update={"name": "other"})) == []
+    changed = later.changes_since(Recipe())
+    assert changed[0] == "seed: 0 -> 3"
+    assert changed[1].startswith("reconstruction.iterations: ")
+    assert changed[1].endswith(" -> 7")

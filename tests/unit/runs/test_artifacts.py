@@ -174,7 +174,7 @@ def test_what_is_no_run_is_refused(tmp_path, started):
     with pytest.raises(InputError, match="not a run directory"):
         load_run(tmp_path / "nothing")
     (tmp_path / "run.json").write_text("{not json")
-    with pytest.raises(InputError, match="not a run directory"):
+    with pytest.raises(InputError, match=r"run\.json is damaged"):
         load_run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"schema_version": 99}))
     with pytest.raises(InputError, match="schema version 99"):
