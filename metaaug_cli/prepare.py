@@ -103,13 +103,13 @@ def schedule_of(recipe: Recipe) -> Schedule:
 
 
 def augmentation_kind(recipe: Recipe) -> str:
-    """The recipe's kind with ``auto`` resolved: the learned augmenter at 2 bits, nothing above."""
+    """The recipe's kind; ``auto`` is the learned augmenter at 2 bits, but nothing beside made images."""
     kind = recipe.augmentation.kind
     if recipe.reconstruction.method == "nearest":
         return NONE
     if kind != AUTO:
         return kind
-    return LEARNED if has_few_bits(recipe) else NONE
+    return LEARNED if has_few_bits(recipe) and not recipe.calibration.synthetic else NONE
 
 
 def has_few_bits(recipe: Recipe) -> bool:

@@ -212,9 +212,10 @@ class Augmentation(Section):
 
     kind: str = Field(
         default="auto",
-        description="`auto` is `metaaug` where weights or activations have 2 bits and something is learned, "
-        "else `none`. `metaaug` is the learned augmenter, alone or with operations on its images "
-        f"(`metaaug+trivial-geometric`). Fixed operations, joined by `+`: {', '.join(OPERATION_NAMES)}.",
+        description="`auto` is `metaaug` where weights or activations have 2 bits and something is learned "
+        "on real images alone, else `none`. `metaaug` is the learned augmenter, alone or with operations on "
+        "its images (`metaaug+trivial-geometric`). Fixed operations, joined by `+`: "
+        f"{', '.join(OPERATION_NAMES)}.",
     )
     copies: int | Literal["auto"] = Field(
         default="auto",

@@ -46,6 +46,9 @@ def test_auto_is_the_learned_augmenter_at_two_bits(kind, weight, act, learned):
     recipe = Recipe(augmentation={"kind": kind}).override(settings)
     assert augmentation_kind(recipe) == ("metaaug" if learned else "none")
     assert learns_augmenter(recipe) == learned
+    beside_made_ones = recipe.override(["calibration.synthetic=16"])
+    assert augmentation_kind(beside_made_ones) == "none"
+    assert augmentation_kind(beside_made_ones.override(["augmentation.kind=metaaug"])) == "metaaug"
 
 
 def test_images_are_left_to_learn_from():
