@@ -185,7 +185,7 @@ def cost() -> None:
     """Each size in a process of its own, whose peak memory is then its own; a GPU forgets it on request."""
     device = pick_device("auto").type
     for side, num in ((32, 64), (32, 256), (32, 1024), (224, 64), (224, 256), (224, 1024)):
-        key = {"side": side, "num": num, "batch": 32, "steps_timed": COST_STEPS[device, side]}
+        key: Key = {"side": side, "num": num, "batch": 32, "steps_timed": COST_STEPS[device, side]}
         key |= {"device": device} if device == "cuda" else {}
         if is_recorded(f"{NAME}_cost", key):
             continue

@@ -89,17 +89,17 @@ def ablation() -> str:
 def mobilenet() -> str:
     """224 and 128 px."""
     found = [r for r in records("metaaug") if r["model"].startswith("mobilenet_v1_075")]
-    groups: dict[tuple[object, ...], dict[str, dict[int, Record]]] = {}
+    groups: dict[tuple[str, ...], dict[str, dict[int, Record]]] = {}
     for r in found:
-        cell = (_side(r), r["bits"].upper(), r["num"], r["iterations"], _computed_on(r))
+        cell = (_side(r), r["bits"].upper(), str(r["num"]), str(r["iterations"]), _computed_on(r))
         groups.setdefault(cell, {}).setdefault(r["variant"], {})[r["seed"]] = r
     rows = []
-    for cell, variants in groups.items():
+    for shown, variants in groups.items():
         for variant, sets in variants.items():
             gain = paired(sets, variants.get(_BASE, {})) if variant != _BASE else ""
             top1 = spread([r["onnxruntime"] for r in sets.values()])
             minutes = mean(r["seconds"] for r in sets.values()) / 60
-            rows.append([*map(str, cell), variant, top1, gain, str(len(sets)), f"{minutes:.0f}"])
+            rows.append([*shown, variant, top1, gain, str(len(sets)), f"{minutes:.0f}"])
     header = ["side", "bits", "images", "iterations", "on", "variant", "top-1", "minus genie", "sets"]
     return markdown([*header, "minutes"], rows)
 
