@@ -255,10 +255,17 @@ class _PlainProgress:
 
 
 class LogHandler(logging.Handler):
-    """Shows the library's warnings as ``warning:`` lines; with ``--debug`` every record."""
+    """Shows the library's warnings as ``warning:`` lines, equal ones once; with ``--debug`` every record."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record on stderr, above a live progress bar if there is one."""
+        if self.level >= logging.WARNING and record.getMessage() in self.shown:
+            return
+        self.shown.add(record.getMessage())
         label = "warning" if record.levelno >= logging.WARNING else record.levelname.lower()
         body = _fill(record.getMessage(), width=WIDTH - len(label) - 2).replace("\n", "\n  ")
         sys.stderr.write(f"{label}: {body}\n")

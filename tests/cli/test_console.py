@@ -183,6 +183,7 @@ def test_library_warnings_are_shown_and_the_rest_is_not(capsys):
     logger.addHandler(handler)
     try:
         logger.warning("3 files skipped")
+        logger.warning("%d files skipped", 3)
         logger.info("not shown")
     finally:
         logger.removeHandler(handler)
