@@ -236,10 +236,10 @@ def is_recorded(name: str, key: dict[str, Any]) -> bool:
     return any(all(r.get(k) == v for k, v in key.items()) for r in recorded(name))
 
 
-def machine() -> str:
-    """Processor or GPU, threads and torch version, in a few words."""
+def machine(*, uses_gpu: bool = True) -> str:
+    """Processor, or the GPU where there is one and it is used, threads and torch version, in a few words."""
     from metaaug_cli.runs.environment import environment
 
     found = environment()
-    computes = found.get("gpu", found["processor"])
+    computes = found["gpu"] if uses_gpu and "gpu" in found else found["processor"]
     return f"{computes}, {found['threads']} threads, torch {torch.__version__}, {platform.system()}"

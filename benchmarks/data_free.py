@@ -37,7 +37,7 @@ from common import (
 )
 
 from metaaug_cli.calibration.data import CalibrationSet, make_calibration_set, save_calibration_set
-from metaaug_cli.memory import keep_freed_memory, peak_gpu_memory_mib, peak_memory_mib
+from metaaug_cli.memory import keep_freed_memory, peak_memory_mib
 from metaaug_cli.networks.preprocessing import Preprocessing
 from metaaug_cli.pipeline import pick_device
 from metaaug_cli.synthesis.dgh import SynthesisHistory, SynthesisSettings, synthesize_calibration_set
@@ -227,7 +227,7 @@ def cost_of(side: int, num: int) -> dict[str, Any]:
         "minutes_at_default": round(per_step * default.steps / 60, 1),
         "peak_memory_mib_before": before,
         "peak_memory_mib": peak_memory_mib(),
-        "peak_gpu_memory_mib": peak_gpu_memory_mib(),
+        "peak_gpu_memory_mib": torch.cuda.max_memory_allocated() // 2**20 if device.type == "cuda" else None,
         "load": round(os.getloadavg()[0], 1),
     }
 

@@ -31,7 +31,7 @@ from metaaug_cli.memory import keep_freed_memory, peak_gpu_memory_mib, peak_memo
 from metaaug_cli.pipeline import pick_device
 from metaaug_cli.prepare import prepare_chain, schedule_of
 from metaaug_cli.quantization.blocks import Block, search_activation_scales
-from metaaug_cli.quantization.graphed import recorded_steps
+from metaaug_cli.quantization.graphed import GraphedStep, recorded_steps
 from metaaug_cli.quantization.reconstruct import Schedule
 from metaaug_cli.recipe.config import Recipe
 
@@ -71,11 +71,11 @@ class Step:
         return step
 
     @contextmanager
-    def replayed(self) -> Iterator[Callable[[], object]]:
-        """``ours``, on a GPU recorded and replayed as the tool does it."""
+    def replayed(self) -> Iterator[Callable[[], Tensor]]:
+        """The gradients (3, N, C, H, W) of ``ours``, on a GPU recorded and replayed as the tool does it."""
         ours = self.ours()
         if self.x.device.type != "cuda":
-            yield ours
+            yield lambda: torch.stack(ours().gradients)
             return
         with recorded_steps(lambda _: torch.stack(ours().gradients), generators=[self.drops]) as (step,):
             for _ in range(_WARM_UP + 1):
@@ -133,15 +133,13 @@ def measure(step: Step) -> dict[str, object]:
         learns = block.index >= step.block.index
         block.quantized_block.requires_grad_(learns)
     # In another layout sums round otherwise, and values at the border of two codes fall on the other side.
-    gradients = {"ours": step.ours()().gradients}
-    step.drops.manual_seed(0)
-    gradients["obvious"] = step.obvious(fast_layout).gradients
-    difference = max(
-        float((a - b).norm() / b.norm().clamp(min=1e-20))
-        for a, b in zip(gradients["ours"], gradients["obvious"], strict=True)
-    )
+    gradients = {"obvious": torch.stack(step.obvious(fast_layout).gradients)}
     seconds: dict[str, list[float]] = {"ours": [], "obvious": []}
+    if step.x.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     with step.replayed() as ours:
+        step.drops.manual_seed(0)
+        gradients["ours"] = ours().clone()
         ways: dict[str, Callable[[], object]] = {"ours": ours, "obvious": step.obvious}
         for _ in range(_ROUNDS):
             for name, way in ways.items():
@@ -149,6 +147,10 @@ def measure(step: Step) -> dict[str, object]:
                 way()
                 seconds[name].append(_now(step.x.device) - started)
     found = {name: median(values) for name, values in seconds.items()}
+    difference = max(
+        float((a - b).norm() / b.norm().clamp(min=1e-20))
+        for a, b in zip(gradients["ours"], gradients["obvious"], strict=True)
+    )
     return {
         "block": step.block.name,
         "batch": len(step.x),
@@ -159,6 +161,7 @@ def measure(step: Step) -> dict[str, object]:
         "gradient_difference": difference,
         "peak_memory_mib": peak_memory_mib(),
         "peak_gpu_memory_mib": peak_gpu_memory_mib(),
+        "replayed": step.x.device.type == "cuda" and GraphedStep.possible,
         "machine": machine(),
     }
 

@@ -286,7 +286,7 @@ def measure(releases: Sequence[str]) -> None:
         "results": results,
         "images": len(images),
         "batches": BATCHES,
-        "machine": machine(),
+        "machine": machine(uses_gpu=False),
     }
     RESULTS.mkdir(exist_ok=True)
     write_atomically(DATA, json.dumps(record, indent=1) + "\n")

@@ -66,20 +66,25 @@ def inputs_of(block: Block) -> Values:
     return tuple(torch.rand(_BATCH, *shape) for shape in shapes)
 
 
-def training_step(block: Block, inputs: Values, schedule: Schedule) -> None:
-    """One step of the block's learning, the choice of the batch included."""
+def learner_of(block: Block, inputs: Values, schedule: Schedule) -> BlockLearner:
+    """The block's learner on one batch of inputs."""
     stream = Stream(inputs, inputs[0].device)
-    targets = block.float_block(*inputs)
+    with torch.no_grad():
+        targets = block.float_block(*inputs)
     data = BlockData(stream, stream, block.float_block, targets, block.computed)
-    learner = BlockLearner(block, data, schedule, torch.Generator().manual_seed(0))
-    with training(block, schedule.quant_prob, learner.drops):
-        learner.step(schedule.iterations - 1)
+    return BlockLearner(block, data, schedule, torch.Generator().manual_seed(0))
 
 
-def plain_step(block: Block, inputs: Values, schedule: Schedule) -> None:
+def training_step(learner: BlockLearner) -> None:
+    """One step, the choice of the batch included."""
+    with training(learner.block, learner.schedule.quant_prob, learner.drops):
+        learner.step(learner.schedule.iterations - 1)
+
+
+def plain_step(learner: BlockLearner) -> None:
     """The same training step as its formulas in PyTorch operators."""
-    with plain_operators([block]), patch.object(reconstruct, "_loss", reconstruction_loss):
-        training_step(block, inputs, schedule)
+    with plain_operators([learner.block]), patch.object(reconstruct, "_loss", reconstruction_loss):
+        training_step(learner)
 
 
 def measure(name: str, schedule: Schedule) -> list[dict[str, object]]:
@@ -90,7 +95,8 @@ def measure(name: str, schedule: Schedule) -> list[dict[str, object]]:
         inputs = tuple(fast_layout(x) for x in usual)
         search_activation_scales(block, inputs)
         step, plain = seconds_in_turn(
-            partial(training_step, block, inputs, schedule), partial(plain_step, block, usual, schedule)
+            partial(training_step, learner_of(block, inputs, schedule)),
+            partial(plain_step, learner_of(block, usual, schedule)),
         )
         with torch.no_grad():
             forward = seconds(partial(block.float_block, *inputs))
@@ -102,7 +108,7 @@ def measure(name: str, schedule: Schedule) -> list[dict[str, object]]:
                 "against_float": step / forward,
                 "against_plain": plain / step,
                 "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-                "machine": machine(),
+                "machine": machine(uses_gpu=False),
             }
         )
     return lines
@@ -113,8 +119,7 @@ def one_step_seconds(block_name: str) -> float:
     block = next(b for b in blocks_of("mobilenet_v1_075") if b.name == block_name)
     inputs = tuple(fast_layout(x) for x in inputs_of(block))
     search_activation_scales(block, inputs)
-    schedule = schedule_of(Recipe())
-    return seconds(lambda: training_step(block, inputs, schedule))
+    return seconds(partial(training_step, learner_of(block, inputs, schedule_of(Recipe()))))
 
 
 def allocator(block_name: str) -> dict[str, object]:
@@ -128,7 +133,7 @@ def allocator(block_name: str) -> dict[str, object]:
         "seconds_default": found["default"],
         "seconds_kept": found["kept"],
         "ratio": found["default"] / found["kept"],
-        "machine": machine(),
+        "machine": machine(uses_gpu=False),
     }
 
 

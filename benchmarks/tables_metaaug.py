@@ -109,7 +109,8 @@ def _side(record: Record) -> str:
 
 
 def _computed_on(record: Record) -> str:
-    return "H100" if "H100" in record["machine"] else "CPU"
+    computes = record["machine"].split(",")[0]
+    return computes.split()[1] if computes.startswith("NVIDIA") else "CPU"
 
 
 def images() -> str:
@@ -186,4 +187,4 @@ def gpu() -> str:
         for r in records("gpu_cost")
     ]
     header = ["network", "images", "steps", "s / 1 000 iterations of all blocks", "T", "s / outer step"]
-    return markdown([*header, "peak GPU MiB"], rows)
+    return markdown([*header, "MiB of GPU tensors"], rows)

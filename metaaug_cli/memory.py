@@ -40,7 +40,7 @@ def peak_memory_mib() -> int | None:
 
 
 def peak_gpu_memory_mib() -> int | None:
-    """The most GPU memory that this process's tensors have held at a time, in MiB; None without a GPU."""
+    """The most GPU memory that this process has taken for tensors, in MiB; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    return torch.cuda.max_memory_allocated() // 2**20
+    return torch.cuda.max_memory_reserved() // 2**20

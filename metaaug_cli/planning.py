@@ -16,10 +16,10 @@ from metaaug_cli.layout import fast_layout
 from metaaug_cli.networks.preprocessing import Preprocessing
 from metaaug_cli.quantization.blocks import Block, Chain, search_activation_scales
 from metaaug_cli.quantization.cache import BlockData, Stream, stage_bytes
-from metaaug_cli.quantization.reconstruct import Schedule, reconstruct_block
+from metaaug_cli.quantization.reconstruct import BlockLearner, Schedule, training
 from metaaug_cli.recipe.augment_kinds import NONE
 
-_TIMED_BATCH = 4  # on a CPU; a GPU takes little longer for a whole one
+_TIMED_BATCHES = (4, 8)  # on a CPU, which takes long for a whole one
 # The first warms up, and others may be slowed by the machine's other work; a GPU replays from the fifth on.
 _TIMED_STEPS = {"cpu": 3, "cuda": 8}
 
@@ -109,33 +109,53 @@ def plan_run(
 
 
 def _learning_seconds(block: Block, schedule: Schedule, device: torch.device) -> float:
-    batch = _timed_batch(schedule.batch_size, device)
-    data = _random_data(block, batch, device)
-    search_activation_scales(block, data.quantized_stream.batch(torch.arange(batch)))
-    few = replace(schedule, batch_size=batch, iterations=_TIMED_STEPS[device.type])
+    timed = {
+        batch: _step_seconds(block, replace(schedule, batch_size=batch), device)
+        for batch in _timed_batches(schedule.batch_size, device)
+    }
+    return _extrapolated(timed, schedule.batch_size) * schedule.iterations
+
+
+def _step_seconds(block: Block, schedule: Schedule, device: torch.device) -> float:
+    """The fastest of a few training steps on random inputs; the block ends as it was."""
+    data = _random_data(block, schedule.batch_size, device)
+    search_activation_scales(block, data.quantized_stream.batch(torch.arange(schedule.batch_size)))
     kept = {name: value.clone() for name, value in block.quantized_block.state_dict().items()}
-    ends: list[float] = [_now(device)]
-    reconstruct_block(
+    learner = BlockLearner(
         block,
         data,
-        few,
-        generator=torch.Generator().manual_seed(0),
-        tick=lambda *_: ends.append(_now(device)),
+        replace(schedule, iterations=_TIMED_STEPS[device.type]),
+        torch.Generator().manual_seed(0),
     )
+    ends: list[float] = [_now(device)]
+    with training(block, schedule.quant_prob, learner.drops):
+        learner.run(lambda *_: ends.append(_now(device)))
     block.quantized_block.load_state_dict(kept)
-    fastest = min(after - before for before, after in pairwise(ends))
-    return fastest * schedule.iterations * schedule.batch_size / batch
+    block.quantized_block.zero_grad(set_to_none=True)
+    return min(after - before for before, after in pairwise(ends))
 
 
-def _timed_batch(batch_size: int, device: torch.device) -> int:
-    return batch_size if device.type == "cuda" else min(batch_size, _TIMED_BATCH)
+def _timed_batches(batch_size: int, device: torch.device) -> list[int]:
+    """A GPU takes little longer for a whole batch; on a CPU two small ones tell what a larger one adds."""
+    if device.type == "cuda" or batch_size <= max(_TIMED_BATCHES):
+        return [batch_size]
+    return list(_TIMED_BATCHES)
+
+
+def _extrapolated(timed: dict[int, float], size: int) -> float:
+    """Seconds at ``size`` from those at one or two others: a part that stays, and one that grows with it."""
+    (few, least), (more, most) = min(timed.items()), max(timed.items())
+    slope = max(most - least, 0.0) / (more - few) if more > few else 0.0
+    return most + slope * (size - more)
 
 
 def _random_data(block: Block, count: int, device: torch.device) -> BlockData:
     shapes = [value.meta["val"].shape[1:] for value in block.stage.inputs]
-    inputs = tuple(torch.rand(count, *map(int, shape), device=device) for shape in shapes)
-    stream = Stream(tuple(map(fast_layout, inputs)), device)
-    return BlockData(stream, stream, block.float_block, None, block.computed)
+    inputs = tuple(fast_layout(torch.rand(count, *map(int, shape), device=device)) for shape in shapes)
+    stream = Stream(inputs, device)
+    with torch.no_grad():
+        targets = block.float_block(*inputs)
+    return BlockData(stream, stream, block.float_block, targets, block.computed)
 
 
 def _now(device: torch.device) -> float:
@@ -145,43 +165,53 @@ def _now(device: torch.device) -> float:
 
 
 class _Trial:
-    """An augmenter that is thrown away, taught by a few images for timing."""
+    """Augmenters that are thrown away, each taught by a few images for timing."""
 
     def __init__(self, chain: Chain, teaching: TeachingPlan, device: torch.device) -> None:
         self.schedule, self.device = teaching.schedule, device
-        self.few = replace(
+        largest = max(self.schedule.batch_size, self.schedule.val_batch_size)
+        self.learned = [self._learned(chain, teaching, batch) for batch in _timed_batches(largest, device)]
+
+    def _learned(self, chain: Chain, teaching: TeachingPlan, batch: int) -> LearnedAugmentation:
+        few = replace(
             self.schedule,
-            steps=_TIMED_STEPS[device.type],
-            batch_size=_timed_batch(self.schedule.batch_size, device),
-            val_batch_size=_timed_batch(self.schedule.val_batch_size, device),
+            steps=_TIMED_STEPS[self.device.type],
+            batch_size=min(self.schedule.batch_size, batch),
+            val_batch_size=min(self.schedule.val_batch_size, batch),
         )
-        self.images = max(self.few.batch_size, self.few.val_batch_size)
-        self.learned = LearnedAugmentation(
+        return LearnedAugmentation(
             teaching.spec,
-            self.few,
+            few,
             chain.blocks,
-            torch.rand(self.images, teaching.preprocessing.channels, *teaching.preprocessing.size),
+            torch.rand(batch, teaching.preprocessing.channels, *teaching.preprocessing.size),
             teaching.preprocessing,
             operations=NONE,
             copies=1,
             seed=0,
-            device=device,
+            device=self.device,
         )
 
     def seconds(self, block: Block, schedule: Schedule) -> float:
         """Teaching time of ``block``, which the blocks before it must have been searched for."""
-        data = _random_data(block, self.images, self.device)
-        generator = torch.Generator().manual_seed(0)
-        ends = [_now(self.device)]
-        self.learned.learner.learn(
+        timed = {
+            _walked(learned.learner.schedule): self._step_seconds(learned, block, schedule)
+            for learned in self.learned
+        }
+        return _extrapolated(timed, _walked(self.schedule)) * self.schedule.steps
+
+    def _step_seconds(self, learned: LearnedAugmentation, block: Block, schedule: Schedule) -> float:
+        ends: list[float] = [_now(self.device)]
+        learned.learner.learn(
             block,
-            data,
+            _random_data(block, len(learned.images), self.device),
             schedule,
-            generator=generator,
+            generator=torch.Generator().manual_seed(0),
             tick=lambda *_: ends.append(_now(self.device)),
             measured=False,
         )
-        fastest = min(after - before for before, after in pairwise(ends))
-        # T's images walk twice through the network and once back, the others once and back.
-        whole, timed = (2 * s.batch_size + s.val_batch_size for s in (self.schedule, self.few))
-        return fastest * self.schedule.steps * whole / timed
+        return min(after - before for before, after in pairwise(ends))
+
+
+def _walked(schedule: MetaSchedule) -> int:
+    """Images that an outer step walks: T's twice through the network and once back, others once and back."""
+    return 2 * schedule.batch_size + schedule.val_batch_size

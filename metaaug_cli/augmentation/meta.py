@@ -130,6 +130,7 @@ class MetaLearner:
             return
         with recorded_steps(plain, measuring, generators=[drops]) as (replayed, replayed_measuring):
             yield replayed, replayed_measuring
+        self.optimizer.zero_grad(set_to_none=True)  # the gradients lie in the recordings' memory
 
     def _inputs(self, data: BlockData, generator: torch.Generator) -> list[Tensor]:
         """One step's images, the float network's views of them, what T draws, and the validation images'."""

@@ -111,13 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _terminable() -> Iterator[list[int]]:
     """SIGTERM, which schedulers send before they kill, ends a command as Ctrl-C does; yields what came."""
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield received
         return
 
     def interrupt(number: int, _: FrameType | None) -> None:
         received.append(number)
-        raise KeyboardInterrupt
+        if len(received) == 1:  # a second one must not interrupt the answer to the first
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,11 @@ from metaaug_cli.deployment.packing import saturating_layers
 from metaaug_cli.deployment.runtimes import least_release
 from metaaug_cli.errors import InputError
 
+# What ONNX Runtime defines in ONNX's own domain.
+_RUNTIME_OPERATORS = {
+    *("Affine", "Crop", "DynamicSlice", "GivenTensorFill", "ImageScaler", "MemcpyFromHost", "MemcpyToHost"),
+    *("ParametricSoftplus", "Scale", "ScaledTanh", "SimplifiedLayerNormalization"),
+}
 _RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc")  # ONNX Runtime's own
 
 
@@ -195,14 +200,26 @@ def _float_layers(model: onnx.ModelProto) -> list[str]:
 
 def _unknown_operators(model: onnx.ModelProto) -> list[str]:
     own = {(f.domain, f.name) for f in model.functions}
+    bodies = [model.graph.node, *(f.node for f in model.functions)]
     found = {
         f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-        for node in model.graph.node
+        for body in bodies
+        for node in _with_inner(body)
         if (node.domain, node.op_type) not in own
         and node.domain not in _RUNTIME_DOMAINS
+        and not (node.domain == "" and node.op_type in _RUNTIME_OPERATORS)
         and not onnx.defs.has(node.op_type, "" if node.domain == "ai.onnx" else node.domain)
     }
     return sorted(found)
+
+
+def _with_inner(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes and those of the graphs in their attributes (If, Loop, Scan)."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _with_inner(graph.node)
 
 
 def _type_name(onnx_type: int) -> str:

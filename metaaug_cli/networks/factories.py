@@ -97,8 +97,8 @@ def _built(factory: object, path: Path, name: str, *, seed: int) -> nn.Module:
     if not callable(factory):
         raise InputError(f"{name} in {path} is not callable")
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # the CPU's alone: GPUs' streams are the caller's
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
             built = factory()
     except (Exception, SystemExit) as exc:
         raise _user_error(f"calling {name}() of {path}", exc, path) from exc

@@ -376,6 +376,6 @@ def _timm_preprocessing(module: nn.Module, timm: Any) -> Preprocessing:
 
 def _seeded(build: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a builder so that untrained weights are the same every time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
         return build(*args, **kwargs)

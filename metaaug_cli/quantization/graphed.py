@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,28 +34,30 @@ def recorded_steps(*steps: Step, generators: Sequence[torch.Generator]) -> Itera
 class GraphedStep:
     """Does what ``step`` does, each time with other inputs of the same shapes.
 
-    The first calls run it as it is, on a stream of its own, the next one records it, and from then on the
+    The first calls run it as it is, on a stream beside, the next one records it, and from then on the
     recording is replayed on copies of the inputs. Everything else that ``step`` reads has to keep its place
-    in memory. A step that cannot be recorded (it waits for the GPU, say) goes on as it is.
+    in memory. Where a step cannot be recorded (it waits for the GPU, say), all go on as they are.
 
     Args:
         step: From a list of CUDA tensors to one.
         generators: On the GPU; all that ``step`` draws from besides the default one.
     """
 
+    possible = True  # in this process: a recording that failed once would fail for every block
+
     def __init__(self, step: Step, generators: Sequence[torch.Generator] = ()) -> None:
         self.step, self.generators = step, generators
-        self.stream = torch.cuda.Stream()
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []
         self.output: Tensor | None = None
-        self.recordable = True
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """One step; the result is overwritten by the next."""
         self.calls += 1
-        if self.graph is None and self.recordable and self.calls > _WARM_UP:
+        if not GraphedStep.possible:
+            self.close()
+        elif self.graph is None and self.calls > _WARM_UP:
             self._record(inputs)
         if self.graph is None or self.output is None:
             return self._aside(inputs)
@@ -65,29 +68,32 @@ class GraphedStep:
 
     def _aside(self, inputs: Sequence[Tensor]) -> Tensor:
         """As it is, on the stream that the recording will use, as autograd wants it."""
-        current = torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        current, beside = torch.cuda.current_stream(), _stream(torch.cuda.current_device())
+        beside.wait_stream(current)
+        with torch.cuda.stream(beside):
             result = self.step(inputs)
-        current.wait_stream(self.stream)
+        current.wait_stream(beside)
         return result
 
     def _record(self, inputs: Sequence[Tensor]) -> None:
         self.inputs = [x.detach().clone() for x in inputs]
-        graph = torch.cuda.CUDAGraph()
-        untouched = [generator.clone_state() for generator in self.generators]
+        graph, device = torch.cuda.CUDAGraph(), torch.cuda.current_device()
+        drawn_from = [*self.generators, torch.cuda.default_generators[device]]
+        untouched = [generator.clone_state() for generator in drawn_from]
         for generator in self.generators:
             graph.register_generator_state(generator)
+        current = torch.cuda.current_stream()
         try:
-            with _no_collection(), torch.cuda.graph(graph, stream=self.stream):
+            with _no_collection(), torch.cuda.graph(graph, stream=_stream(device)):
                 self.output = self.step(self.inputs)
         except RuntimeError as error:
-            self.recordable = False
+            GraphedStep.possible = False
             self.close()
-            for generator, state in zip(self.generators, untouched, strict=True):
+            torch.cuda.set_stream(current)  # a recording that ends in an error does not go back itself
+            for generator, state in zip(drawn_from, untouched, strict=True):
                 generator.graphsafe_set_state(state)  # the one it has waits for the end of the recording
             _logger.warning(
-                "a training step cannot be recorded as a CUDA graph and takes longer: %s",
+                "a training step cannot be recorded as a CUDA graph, so that all take longer: %s",
                 str(error.__context__ or error).splitlines()[0],
             )
             return
@@ -96,6 +102,12 @@ class GraphedStep:
     def close(self) -> None:
         """Give the recording up, with the GPU memory it holds."""
         self.graph, self.output, self.inputs = None, None, []
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all steps of a device: libraries keep memory for each stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

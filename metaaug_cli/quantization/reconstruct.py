@@ -210,6 +210,7 @@ class BlockLearner:
         with recorded_steps(self._update_flat, generators=[self.drops]) as (self.recorded,):
             yield
         self.recorded = None
+        self.optimizer.zero_grad(set_to_none=True)  # the gradients lie in the recording's memory
 
     def step(self, step: int) -> Tensor:
         """One optimizer step on one batch; its reconstruction loss, ()."""

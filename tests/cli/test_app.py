@@ -143,6 +143,23 @@ def test_results_for_a_reader_that_has_left(command, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_second_sigterm_does_not_cut_the_answer_to_the_first_short(command, capsys):
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    def error_and_again(self, message, hint=None, before=Console.error):
+        os.kill(os.getpid(), signal.SIGTERM)
+        before(self, message, hint=hint)
+
+    command(stop)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Console, "error", error_and_again)
+        assert main(["go"]) == 143
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_ctrl_c_is_130(command, capsys):
     command(raising(KeyboardInterrupt()))
     assert main(["go"]) == 130

@@ -132,7 +132,8 @@ def test_a_recorded_step_does_what_the_plain_one_does():
     torch.testing.assert_close(recorded[1], plain[1], rtol=1e-5, atol=1e-6)
 
 
-def test_a_step_that_waits_for_the_gpu_goes_on_unrecorded(caplog):
+def test_a_step_that_waits_for_the_gpu_goes_on_unrecorded(caplog, monkeypatch):
+    monkeypatch.setattr(GraphedStep, "possible", True)
     generator = torch.Generator(device="cuda").manual_seed(0)
 
     def step(inputs):
@@ -142,6 +143,9 @@ def test_a_step_that_waits_for_the_gpu_goes_on_unrecorded(caplog):
     taken = GraphedStep(step, [generator])
     found = [taken([torch.full((3,), float(i), device="cuda")]).cpu() - i for i in range(8)]
     assert taken.graph is None
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.rand(2, device="cuda").sum() > 0, "the default generator is as usable as before"
+    assert GraphedStep.possible is False, "no other step tries again"
     assert sum("cannot be recorded" in r.message for r in caplog.records) == 1
     again = torch.Generator(device="cuda").manual_seed(0)
     expected = [torch.rand(3, generator=again, device="cuda").cpu() for _ in range(8)]

@@ -6,9 +6,10 @@ from networks import SIZE, family, placed
 
 from metaaug_cli.augmentation.augmenter import AugmenterSpec
 from metaaug_cli.augmentation.bilevel import MetaSchedule
+from metaaug_cli.graph.capture import capture
 from metaaug_cli.graph.placement import Bits
 from metaaug_cli.networks.preprocessing import Preprocessing
-from metaaug_cli.planning import TeachingPlan, plan_run
+from metaaug_cli.planning import TeachingPlan, _extrapolated, plan_run
 from metaaug_cli.quantization.blocks import build_chain
 from metaaug_cli.quantization.reconstruct import Schedule
 
@@ -100,6 +101,29 @@ def test_planning_leaves_what_is_learned_alone(name):
     assert all(q.quant_prob == 1.0 for b in chain.blocks for q in b.activations.values())
 
 
+def test_a_block_that_random_inputs_break_is_planned_all_the_same():
+    class Root(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (torch.nn.Conv2d(n, 4, 3, padding=1) for n in (3, 4))
+            self.last = torch.nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x)) + 1.0
+            return self.last((x + self.second(torch.sqrt(x - 1.0))).mean((2, 3)))
+
+    module = capture(Root().eval(), SIZE)
+    chain = build_chain(module, placed(module, bits=Bits(4, 4)))
+    rows = plan_run(chain, Schedule(iterations=4, batch_size=2), images=4, device=CPU)
+    assert all(row.seconds > 0 for row in rows)
+
+
+def test_the_part_of_a_step_that_does_not_grow_is_counted_once():
+    assert _extrapolated({4: 1.4, 8: 1.8}, 32) == pytest.approx(1.0 + 32 * 0.1)
+    assert _extrapolated({4: 1.8, 8: 1.4}, 32) == 1.4, "noise is no reason to promise less than was seen"
+    assert _extrapolated({32: 2.0}, 32) == 2.0
+
+
 def test_timing_the_blocks_leaves_them_as_they_were():
     module = family("residual")
     chain = build_chain(module, placed(module, bits=Bits(2, 2)))
@@ -109,4 +133,5 @@ def test_timing_the_blocks_leaves_them_as_they_were():
         for name, value in block.quantized_block.named_parameters():
             assert torch.equal(value, weights[block.name, name]), (block.name, name)
         assert all(not q.soft for q in block.weights.values())
+        assert all(p.grad is None for p in block.quantized_block.parameters())
         assert all(q.generator is None and q.quant_prob == 1.0 for q in block.activations.values())

@@ -106,10 +106,13 @@ def test_operators_that_nobody_defines_are_named(tmp_path):
     assert summarize_onnx(tmp_path / "other.onnx").unknown_operators == ()
     end = model.graph.output[0].name
     extra = [("Mystery", ""), ("Fast", "vendor"), ("QuickGelu", "com.microsoft"), ("Relu", "")]
+    extra.append(("SimplifiedLayerNormalization", ""))
     for op, domain in extra:
         model.graph.node.append(helper.make_node(op, [end], [f"after_{op}"], domain=domain))
+    inner = helper.make_graph([helper.make_node("Inner", [], ["z"])], "then", [], [])
+    model.graph.node.append(helper.make_node("If", [end], ["w"], then_branch=inner, else_branch=inner))
     onnx.save(model, tmp_path / "strange.onnx")
-    assert summarize_onnx(tmp_path / "strange.onnx").unknown_operators == ("Mystery", "vendor.Fast")
+    assert summarize_onnx(tmp_path / "strange.onnx").unknown_operators == ("Inner", "Mystery", "vendor.Fast")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"hello world" * 20])
