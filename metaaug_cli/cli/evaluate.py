@@ -134,7 +134,7 @@ ModelOpt = Annotated[
     typer.Option(
         "--model",
         metavar="MODEL",
-        help="For an .onnx file: the float network to compare with.",
+        help="For an .onnx file: the float network to compare with, on images prepared as the file says.",
         rich_help_panel=MODEL_PANEL,
     ),
 ]
