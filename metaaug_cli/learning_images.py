@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaaug_cli.augmentation.fixed import augmented_copies
 from metaaug_cli.calibration.data import CalibrationSet
-from metaaug_cli.errors import InputError
+from metaaug_cli.errors import InputError, RecipeError
 from metaaug_cli.networks.models import LoadedModel
 from metaaug_cli.networks.preprocessing import Preprocessing
 from metaaug_cli.prepare import augmentation_kind, copies_of
@@ -70,7 +70,7 @@ def gather_images(
         InputError: Images are to be made from a network without batch norms, or stand beside images that
             were prepared otherwise.
     """
-    images, held_back = _split(calibration.images, recipe)
+    images, held_back = _split(calibration, recipe)
     settings = synthesis_of(recipe)
     if settings is not None:
         differences = calibration.preprocessing.differences(model.preprocessing)
@@ -98,10 +98,18 @@ def synthesis_of(recipe: Recipe) -> SynthesisSettings | None:
     return SynthesisSettings(num=count, seed=recipe.seed) if count else None
 
 
-def _split(images: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Images to learn from, and those the recipe holds back."""
-    count = recipe.calibration.holdout
+def _split(calibration: CalibrationSet, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Images to learn from, and those the recipe holds back, which are real ones."""
+    images, count = calibration.images, recipe.calibration.holdout
     if count == 0:
         return images, images[:0]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed))
-    return images[order[count:].sort().values], images[order[:count].sort().values]
+    real = calibration.is_real.nonzero().flatten()
+    if count > len(real):
+        raise RecipeError(
+            f"calibration.holdout: {count} images are to be held back and {len(real)} of the set are real",
+            hint="hold back fewer: only real images tell how far a block overfits",
+        )
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(recipe.seed))
+    held_back = torch.zeros(len(images), dtype=torch.bool)
+    held_back[real[order[:count]]] = True
+    return images[~held_back], images[held_back]

@@ -29,11 +29,11 @@ from metaaug_cli.prepare import (
     augmentation_kind,
     augmenter_of,
     copies_of,
+    fitted_to,
     learns_augmenter,
     meta_schedule_of,
     prepare_chain,
     require_finite,
-    require_images,
     schedule_of,
 )
 from metaaug_cli.quantization.blocks import Block, Chain, search_activation_scales, widen_output_grids
@@ -145,7 +145,7 @@ def quantize(
         UsageError: The device is not there, or ``run_dir`` is taken.
     """
     progress = progress or _Silent()
-    require_images(len(calibration.images), recipe)
+    recipe = fitted_to(recipe, calibration)
     target = pick_device(device)
     channels, height, width = calibration.images.shape[1:]
     input_size = (channels, height, width)

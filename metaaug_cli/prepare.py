@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 
 from metaaug_cli.augmentation.augmenter import AugmenterSpec
 from metaaug_cli.augmentation.bilevel import MetaSchedule
+from metaaug_cli.calibration.data import CalibrationSet
 from metaaug_cli.errors import GraphError, InputError, RecipeError
 from metaaug_cli.graph.capture import capture
 from metaaug_cli.graph.placement import Bits, place
@@ -110,6 +111,18 @@ def augmentation_kind(recipe: Recipe) -> str:
     if kind != AUTO:
         return kind
     return LEARNED if has_few_bits(recipe) and not recipe.calibration.synthetic else NONE
+
+
+def fitted_to(recipe: Recipe, calibration: CalibrationSet) -> Recipe:
+    """The recipe for these images: ``auto`` is nothing where some of them were made from a network.
+
+    Raises:
+        RecipeError: It holds back all of them.
+    """
+    require_images(len(calibration.images), recipe)
+    if calibration.holds_synthetic and recipe.augmentation.kind.strip() == AUTO:
+        return recipe.override([f"augmentation.kind={NONE}"])
+    return recipe
 
 
 def has_few_bits(recipe: Recipe) -> bool:

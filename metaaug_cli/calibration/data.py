@@ -49,6 +49,7 @@ METADATA_KEY = "metaaug"
 _FORMAT = "calibration-set"
 _VERSION = 1
 SYNTHETIC_ORIGIN = "data-free from"
+SYNTHETIC_SOURCE = "synthetic-"
 _CHUNK = 64
 
 
@@ -80,6 +81,13 @@ class CalibrationSet:
     def holds_synthetic(self) -> bool:
         """Whether some of the images were made from a network."""
         return SYNTHETIC_ORIGIN in self.origin
+
+    @property
+    def is_real(self) -> Tensor:
+        """Which of the images (N,) were not made from a network."""
+        if not self.holds_synthetic:
+            return torch.ones(len(self.images), dtype=torch.bool)
+        return torch.tensor([not source.startswith(SYNTHETIC_SOURCE) for source in self.sources])
 
 
 def build_calibration_set(

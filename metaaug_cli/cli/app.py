@@ -1,5 +1,7 @@
 """The ``metaaug`` command: registers every subcommand; ``main`` is the only error boundary."""
 
+from __future__ import annotations
+
 import errno
 import io
 import logging
@@ -12,8 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +24,10 @@ from metaaug_cli.cli.console import Console, LogHandler, reserve_stdout
 from metaaug_cli.errors import MetaAugError
 
 USAGE, FAILED, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 3, 130, 141, 143
-_INPUT_ERRNOS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS}
+_INPUT_ERRNOS = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST),
+}
 
 EPILOG = """\
 [bold]Start here[/bold]
@@ -93,39 +97,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _complete_json_flag([item for item in arguments if item != "--debug"])
     json_on_stdout = any(pair == ("--json", "-") for pair in pairwise(arguments))
     output = reserve_stdout() if json_on_stdout else nullcontext()
-    with _logging(debug=debug), output, _terminable() as received:
+    with _logging(debug=debug), output, _Signals(until_exit=argv is None) as signals:
         try:
             # Typer answers Ctrl-C and its own early exits with a code instead of an exception.
             code = app(args=arguments, prog_name="metaaug", standalone_mode=False)
         except (Exception, SystemExit) as exc:
+            signals.ignore()
             code = _report(exc, debug=debug)
         else:
             if code == INTERRUPTED:
+                signals.ignore()
                 Console().error("interrupted", hint="the same command starts again from the beginning")
-    if code == INTERRUPTED and received:
+    if code == INTERRUPTED and signals.terminated:
         return TERMINATED
     return code if isinstance(code, int) else 0
 
 
-@contextmanager
-def _terminable() -> Iterator[list[int]]:
-    """SIGTERM, which schedulers send before they kill, ends a command as Ctrl-C does; yields what came."""
-    received: list[int] = []
-    ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-    if ignored or threading.current_thread() is not threading.main_thread():
-        yield received
-        return
+class _Signals:
+    """SIGTERM, which schedulers send before they kill, ends a command as Ctrl-C does; both are answered.
 
-    def interrupt(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:  # a second one must not interrupt the answer to the first
-            raise KeyboardInterrupt
+    Args:
+        until_exit: Whether signals stay ignored once one was answered, until the process is gone.
+    """
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __init__(self, *, until_exit: bool) -> None:
+        self.until_exit, self.terminated, self.ignoring = until_exit, False, False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            if self.before[signal.SIGTERM] is not signal.SIG_IGN:
+                signal.signal(signal.SIGTERM, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not (self.until_exit and self.ignoring):
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    def _interrupt(self, *_: object) -> None:
+        self.terminated = True
+        raise KeyboardInterrupt
+
+    def ignore(self) -> None:
+        """Let no further signal interrupt."""
+        self.ignoring = True
+        for number in self.before:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _complete_json_flag(arguments: list[str]) -> list[str]:

@@ -202,7 +202,7 @@ def _show_export(console: Console, result: ExportResult, kernels: KernelCount, s
     packing = result.manifest.packing
     ratio = result.float_bytes / result.size_bytes
     rows = [
-        ("size", f"{_megabytes(result.size_bytes)} ({ratio:.1f} times smaller than float weights)"),
+        ("size", f"{_megabytes(result.size_bytes)} ({_compared(ratio)} than float weights)"),
         ("codes", _PACK_TEXT[packing.mode]),
         ("loads in", f"ONNX Runtime {packing.least_onnxruntime} or later (1.20 is the oldest tried)"),
         ("session options", _options_text(packing.session_options)),
@@ -215,6 +215,10 @@ def _show_export(console: Console, result: ExportResult, kernels: KernelCount, s
         console.note(f"left in float: {_some(kernels.float_nodes)}")
     if saturating:
         _note_saturation(console, saturating)
+
+
+def _compared(ratio: float) -> str:
+    return f"{ratio:.1f} times smaller" if ratio >= 1 else f"{1 / ratio:.1f} times larger"
 
 
 def _note_saturation(console: Console, layers: list[str]) -> None:

@@ -78,7 +78,7 @@ def _show_blocks(console: Console, title: str, rows: list[PlanRow]) -> None:
                 _bits(r.act_bits),
                 f"{r.macs / 1e6:.1f}",
                 f"{r.cache_bytes / 2**20:.1f}",
-                "-" if r.seconds is None else format_seconds(r.seconds),
+                "-" if r.seconds is None else format_seconds(r.seconds + (r.augmenter_seconds or 0.0)),
             )
             for r in rows
         ],

@@ -139,10 +139,12 @@ def quantize(
 
     from metaaug_cli.memory import keep_freed_memory
     from metaaug_cli.networks.models import load_model
+    from metaaug_cli.prepare import fitted_to
 
     keep_freed_memory()
     loaded = load_model(model, **{**resolved.preprocessing.load_options(), **options})
     calibration = _load_calibration(console, calib, loaded, resolved)
+    resolved = fitted_to(resolved, calibration)
     _show_inputs(console, loaded, calibration)
     _hint_at_augmentation(console, loaded, calibration, resolved)
     if plan:
@@ -182,7 +184,7 @@ def _warn_of_settings_without_effect(console: Console, recipe: Recipe, assignmen
     if given and not learns_augmenter(recipe):
         kind = augmentation_kind(recipe)
         console.warn(
-            f"--set {given[0].strip()} has no effect: augmentation.kind is {kind}, so no augmenter is "
+            f"--set {given[0].strip()} has no effect: augmentation.kind comes to {kind}, so no augmenter is "
             "learned (--augment metaaug)"
         )
 

@@ -144,12 +144,23 @@ def summarize_onnx(path: Path) -> OnnxSummary:
     )
 
 
+def require_file(path: Path) -> None:
+    """Refuse what would be waited for, such as a pipe.
+
+    Raises:
+        InputError: The path exists and is no regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a file", hint="give an .onnx file")
+
+
 def load_onnx(path: Path) -> onnx.ModelProto:
     """Read a model file.
 
     Raises:
         InputError: It is missing or is no ONNX file.
     """
+    require_file(path)
     try:
         model = onnx.load(path)
     except OSError as error:

@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from metaaug_cli.errors import InputError
+
 CODES, SCALE = ".codes", ".scale"
 RANGES: dict[int, tuple[int, int]] = {
     onnx.TensorProto.UINT8: (0, 255),
@@ -124,8 +126,15 @@ class GraphView:
                 self.consumers[name].append(node)
 
     def constant(self, name: str) -> np.ndarray:
-        """The data of a constant tensor."""
-        return numpy_helper.to_array(self.constants[name])
+        """The data of a constant tensor.
+
+        Raises:
+            InputError: Its bytes do not fit its shape, or are not there.
+        """
+        try:
+            return numpy_helper.to_array(self.constants[name])
+        except (ValueError, TypeError, OSError) as error:
+            raise InputError(f"the file's constant {name} is damaged: {error}") from None
 
     def optional(self, node: onnx.NodeProto, position: int) -> str | None:
         """Name of an optional input, None where it is left out."""

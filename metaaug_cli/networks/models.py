@@ -31,6 +31,7 @@ from metaaug_cli.networks.weights import (
     hash_state,
     read_state_dict,
     resized_head,
+    tensors_in,
     weights_not_reachable,
 )
 
@@ -108,15 +109,15 @@ def load_model(
     if isinstance(source.module, nn.Module):
         _require_dense(source.module, source.name)
         source.module.eval().to("cpu", torch.float32).requires_grad_(False)
-    held = source.module.state_dict
-    state = held() if callable(held) else held
+    module = source.module
+    state = tensors_in(module) if isinstance(module, nn.Module) else module.state_dict
     _require_finite(state, source.weights)
     digest = hash_state(state)
     return LoadedModel(source.module, source.name, preprocessing, source.weights, digest)
 
 
 def _require_dense(module: nn.Module, name: str) -> None:
-    for key, tensor in module.state_dict().items():
+    for key, tensor in tensors_in(module).items():
         if tensor.is_meta:
             raise InputError(
                 f"{name} was built without values (meta device): {key}",

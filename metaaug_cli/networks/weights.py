@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
 
@@ -32,6 +32,7 @@ _NESTED_KEYS = ("state_dict", "model_state_dict", "model", "network", "net", "pa
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
 _DERIVED_SUFFIX = ".num_batches_tracked"
 _LISTED = 5
+_MOST_NESTED = 8
 _TIMEOUT_S = 15
 _PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".tar", ".ckpt"}
 
@@ -62,20 +63,30 @@ def read_state_dict(path: Path) -> StateDict:
 
 def _dense(state: StateDict, path: Path) -> StateDict:
     """Sparse tensors, as pruned networks may store them, as dense ones; a file of bare shapes is refused."""
-    empty = [name for name, tensor in state.items() if tensor.is_meta]
-    if empty:
-        raise InputError(
-            f"{path} holds shapes without values (meta tensors): {empty[0]}",
-            hint="save the weights after they were loaded or trained",
-        )
+    for kind, hint, is_so in _NOT_WEIGHTS:
+        found = [name for name, tensor in state.items() if is_so(tensor)]
+        if found:
+            raise InputError(f"{path} holds {kind}: {found[0]}", hint=hint)
     return {k: v.to_dense() if v.layout != torch.strided else v for k, v in state.items()}
+
+
+_NOT_WEIGHTS: tuple[tuple[str, str, Callable[[Tensor], bool]], ...] = (
+    (
+        "shapes without values (meta tensors)",
+        "save the weights after they were loaded or trained",
+        lambda t: t.is_meta,
+    ),
+    ("quantized tensors", "give the float network's weights", lambda t: t.is_quantized),
+    ("complex tensors", "metaaug quantizes real networks only", lambda t: t.is_complex()),
+    ("nested tensors", "give weights of fixed shapes", lambda t: t.is_nested),
+)
 
 
 def _restricted_load(path: Path) -> object:
     try:
         # Training scripts store their arguments beside the weights; a Namespace only holds values.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Validating sparse tensor invariants")
+            warnings.simplefilter("ignore")  # about how the file was written, which its reader cannot change
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as exc:
         blocked = re.search(r"GLOBAL ([\w.]+)", str(exc))
@@ -93,14 +104,14 @@ def _restricted_load(path: Path) -> object:
         raise InputError(f"{path} is damaged or not a PyTorch file: {_first_line(exc)}") from exc
 
 
-def _tensors_of(loaded: object, path: Path) -> StateDict:
+def _tensors_of(loaded: object, path: Path, depth: int = 0) -> StateDict:
     """Unwrap a checkpoint down to its mapping of names to tensors."""
-    if isinstance(loaded, Mapping):
+    if isinstance(loaded, Mapping) and depth < _MOST_NESTED:
         tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
         inner = next((k for k in _NESTED_KEYS if isinstance(loaded.get(k), Mapping)), None)
         if inner is not None and len(tensors) < 2:
             _logger.info("%s: weights taken from its %r entry", path.name, inner)
-            return _tensors_of(loaded[inner], path)
+            return _tensors_of(loaded[inner], path, depth + 1)
         if tensors:
             return tensors
     found = (
@@ -110,6 +121,11 @@ def _tensors_of(loaded: object, path: Path) -> StateDict:
         f"{path} holds no weights (found: {found or 'nothing'})",
         hint=f"expected tensors at the top level or under one of: {', '.join(_NESTED_KEYS)}",
     )
+
+
+def tensors_in(module: nn.Module) -> StateDict:
+    """The tensors of a module's state; extra state of other types, which some modules keep, left out."""
+    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
 
 
 def fit_names(state: StateDict, expected: Iterable[str]) -> StateDict:
@@ -144,7 +160,7 @@ def apply_state_dict(module: nn.Module, state: StateDict, source: str, *, ignore
     Raises:
         InputError: Missing, unexpected or mis-shaped entries.
     """
-    own = module.state_dict()
+    own = tensors_in(module)
     state = fit_names(state, own)
     if ignore is not None:
         state = {k: v for k, v in state.items() if k in own or not re.match(ignore, k)}
@@ -155,9 +171,19 @@ def apply_state_dict(module: nn.Module, state: StateDict, source: str, *, ignore
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
+    mistyped = [
+        f"{k}: file {_plain_type(state[k])}, network {_plain_type(own[k])}"
+        for k in own
+        if k in state and own[k].is_floating_point() and not state[k].is_floating_point()
+    ]
     problems = [
         text
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("mis-shaped", misshaped),
+            ("of another type", mistyped),
+        )
         if (text := _listing(kind, names))
     ]
     if problems:
@@ -167,7 +193,7 @@ def apply_state_dict(module: nn.Module, state: StateDict, source: str, *, ignore
         )
     matching = OrderedDict((k, v) for k, v in state.items() if k in own)
     # Modules that changed their layout read their version here; the shapes were just compared.
-    matching._metadata = own._metadata  # type: ignore[attr-defined]
+    matching._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
     module.load_state_dict(matching, strict=False)
 
 
@@ -249,6 +275,10 @@ def weights_not_reachable(wanted: str, alternative: str, cause: Exception) -> In
 def _first_line(exc: BaseException) -> str:
     lines = str(exc).strip().splitlines()
     return lines[0] if lines else type(exc).__name__
+
+
+def _plain_type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _shape(tensor: Tensor) -> str:

@@ -126,6 +126,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise RecipeError(f"recipe {path} is not valid YAML: {_one_line(error)}") from None
     except RecursionError:
         raise RecipeError(f"recipe {path} is nested too deeply to be a recipe") from None
+    except (ValueError, OverflowError) as error:  # a date or number that YAML makes and Python does not
+        raise RecipeError(f"recipe {path} holds a value that cannot be read: {error}") from None
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
@@ -154,7 +156,13 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word."""
+    """Refuses two equal keys, of which PyYAML keeps the last, and aliases, which can grow without end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not for recipes", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -191,11 +199,13 @@ def _assign(settings: dict[str, Any], assignment: str) -> None:
     if not key or not equals:
         raise ValueError(f"{assignment!r} is not section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{key}: {_one_line(error)}") from None
     except RecursionError:
         raise ValueError(f"{key}: the value is nested too deeply") from None
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{key}: the value cannot be read: {error}") from None
     *sections, leaf = key.split(".")
     for depth, section in enumerate(sections):
         inner = settings.get(section)

@@ -1,9 +1,13 @@
 """Messages for recipe mistakes: the key, what it must be, the value seen, the nearest known key."""
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 from pydantic import BaseModel, ValidationError
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 80, 80
 
 
 def describe_mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -22,9 +26,8 @@ def describe_mistakes(error: ValidationError, model: type[BaseModel]) -> list[st
     for key, alternatives in wanted.items():
         first, *others = alternatives
         text = " or ".join([first, *(other.removeprefix("must be ") for other in others)])
-        mistakes.append(
-            f"{key}: {text}, not {seen[key]!r}" if text.startswith("must be ") else f"{key}: {text}"
-        )
+        shown = _BRIEF.repr(seen[key])
+        mistakes.append(f"{key}: {text}, not {shown}" if text.startswith("must be ") else f"{key}: {text}")
     return mistakes
 
 

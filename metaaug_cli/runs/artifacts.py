@@ -47,12 +47,12 @@ RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE = (
 AUGMENTATION = "augmentation"
 _OWN_NAMES = {AUGMENTATION, RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE, "blocks"}
 _RUN_KEYS = {
-    "status",
-    "model",
-    "preprocessing",
-    "num_outputs",
-    "fingerprint",
-    "blocks",
+    "status": str,
+    "model": str,
+    "preprocessing": dict,
+    "num_outputs": int,
+    "fingerprint": dict,
+    "blocks": list,
 }
 _REPAIR = "repair the run with the same `metaaug quantize` command and --resume"
 _logger = logging.getLogger(__name__)
@@ -107,6 +107,11 @@ class RunDirectory:
                 )
             return
         found = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+        if list(self.path.glob("blocks/*.safetensors")):
+            raise UsageError(
+                f"{self.path} holds blocks of a run whose {RUN_FILE} is lost",
+                hint=f"restore {RUN_FILE} from a copy, or {other}",
+            )
         foreign = sorted(name for name in found if name not in _OWN_NAMES and not name.startswith("."))
         if foreign:
             raise UsageError(f"--out {self.path} holds other files: {', '.join(foreign[:3])}", hint=other)
@@ -258,7 +263,7 @@ def read_info(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} is not a run directory ({RUN_FILE}: {error.strerror})",
             hint="give the --out directory of `metaaug quantize`",
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(
             f"{path} is damaged: it is not JSON",
             hint="restore it from a copy, or start afresh with another --out",
@@ -270,8 +275,12 @@ def read_info(run_dir: Path) -> dict[str, Any]:
             f"{path} has schema version {info['schema_version']}, this metaaug reads {SCHEMA_VERSION}",
             hint="use the release of metaaug that wrote the run",
         )
-    if missing := sorted(_RUN_KEYS - info.keys()):
-        raise InputError(f"{path} lacks {', '.join(missing)}", hint="start afresh with another --out")
+    wrong = sorted(key for key, kind in _RUN_KEYS.items() if not isinstance(info.get(key), kind))
+    if wrong:
+        raise InputError(
+            f"{path} is damaged: {', '.join(wrong)} missing or of another kind",
+            hint="restore it from a copy, or start afresh with another --out",
+        )
     return info
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from metaaug_cli.runs.environment import environment
 
-_DECIDES_BITS = ("metaaug", "torch", "processor", "gpu")
+_DECIDES_BITS = ("metaaug", "torch", "processor", "threads", "gpu")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaaug_cli.calibration.data import SYNTHETIC_ORIGIN, CalibrationSet, make_calibration_set
+from metaaug_cli.calibration.data import (
+    SYNTHETIC_ORIGIN,
+    SYNTHETIC_SOURCE,
+    CalibrationSet,
+    make_calibration_set,
+)
 from metaaug_cli.errors import GraphError, InputError, UsageError
 from metaaug_cli.graph.bn_statistics import BatchNormProbe, Moments, Observation, batch_norm_probe
 from metaaug_cli.graph.capture import capture_unfolded
@@ -151,7 +156,7 @@ def synthesize_calibration_set(
             state.save(*synthesis.state())  # an unwritable place shows now, and every stop can resume
     synthesis.run(state, tick, history)
     origin = f"{SYNTHETIC_ORIGIN} {model.name}, seed {settings.seed}"
-    sources = [f"synthetic-{i:05d}" for i in range(settings.num)]
+    sources = [f"{SYNTHETIC_SOURCE}{i:05d}" for i in range(settings.num)]
     return make_calibration_set(synthesis.images(), model.preprocessing, sources, origin=origin)
 
 

@@ -116,8 +116,13 @@ def onnx_predictor(session: "onnxruntime.InferenceSession") -> Predictor:
     Raises:
         InputError: The file does not take one batch of float images.
     """
-    inputs = session.get_inputs()
+    inputs, output = session.get_inputs(), session.get_outputs()[0]
     shape = inputs[0].shape
+    if not output.type.startswith("tensor(") or output.type == "tensor(string)":
+        raise InputError(
+            f"the file's first output, {output.name}, is {output.type}, not numbers",
+            hint="metaaug evaluates image classifiers: its first output must be (images, classes)",
+        )
     if len(inputs) != 1 or len(shape) != 4 or inputs[0].type != "tensor(float)":
         listed = ", ".join(f"{item.name} {item.type} {item.shape}" for item in inputs)
         raise InputError(

@@ -14,6 +14,7 @@ import torch
 from torch.export import ExportedProgram
 
 from metaaug_cli.deployment.manifest import Manifest, read_manifest
+from metaaug_cli.deployment.onnx_summary import require_file
 from metaaug_cli.deployment.ort import open_session
 from metaaug_cli.deployment.simulation import IntegerSimulation
 from metaaug_cli.errors import InputError, UsageError
@@ -164,6 +165,7 @@ def _count_outputs(predictor: Predictor, preprocessing: Preprocessing) -> int:
 
 
 def _manifest_of(path: Path) -> Manifest | None:
+    require_file(path)
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as exc:  # protobuf raises its own classes, which derive from Exception only

@@ -160,6 +160,7 @@ def test_unreadable_calibration_images_are_named(root, capsys, tmp_path):
     [
         ("run.json", "[]"),
         ("run.json", '{"schema_version": 1}'),
+        ("run.json", "[" * 100_000),
         ("recipe.yaml", "{}"),
         ("recipe.yaml", None),
         ("float.pt2", "half"),
@@ -189,6 +190,36 @@ def test_another_suffix_than_onnx_is_refused_before_anything_is_written(run, cap
     assert not (tmp_path / "model.txt").exists()
 
 
+@pytest.mark.parametrize(("key", "value"), [("preprocessing", 3), ("fingerprint", [1]), ("blocks", None)])
+def test_a_run_whose_facts_are_of_another_kind_is_refused(root, run, capsys, key, value):
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**info, key: value}))
+    assert main(["export", str(run), "-o", str(run.parent / "model.onnx")]) == 2
+    refused(capsys, 2, f"run.json is damaged: {key} missing or of another kind")
+    assert quantize(root, "--out", run, "-q", "--wbits", 3, "--resume") == 2
+    refused(capsys, 2, f"run.json is damaged: {key} missing or of another kind")
+
+
+def test_blocks_whose_run_file_is_lost_are_not_overwritten(root, run, capsys):
+    (run / "run.json").unlink()
+    before = sorted(p.name for p in (run / "blocks").iterdir())
+    assert quantize(root, "--out", run, "-q", "--wbits", 3) == 2
+    refused(capsys, 2, "run.json is lost", "another --out")
+    assert sorted(p.name for p in (run / "blocks").iterdir()) == before
+
+
+def test_a_name_that_no_file_can_have(run, capsys, tmp_path):
+    assert main(["export", str(run), "-o", str(tmp_path / ("x" * 300 + ".onnx"))]) == 2
+    refused(capsys, 2, "File name too long")
+
+
+def test_a_pipe_in_place_of_an_onnx_file(root, capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe.onnx")
+    for command in (["inspect"], ["evaluate", "--data", str(root / "images")]):
+        assert main([command[0], str(tmp_path / "pipe.onnx"), *command[1:]]) == 2
+        refused(capsys, 2, "pipe.onnx is not a file")
+
+
 def test_damaged_metrics_do_not_stand_in_the_way(run, capsys):
     (run / "metrics.json").write_text("{")
     assert main(["export", str(run), "-o", str(run.parent / "model.onnx")]) == 0
@@ -212,6 +243,8 @@ def test_a_stopped_run_keeps_its_blocks_and_says_how_to_go_on(root, tmp_path, st
         time.sleep(0.05)
     time.sleep(0.5)
     started.send_signal(stop)
+    time.sleep(0.05)
+    started.send_signal(stop)  # an impatient second one must not cut the answer short
     _, err = started.communicate(timeout=60)
     assert started.returncode == code
     assert "error: interrupted" in err

@@ -9,7 +9,7 @@ from torch import nn
 
 from metaaug_cli import learning_images as module
 from metaaug_cli.calibration.data import join_calibration_sets, make_calibration_set
-from metaaug_cli.errors import InputError
+from metaaug_cli.errors import InputError, RecipeError
 from metaaug_cli.learning_images import gather_images
 from metaaug_cli.networks.models import LoadedModel
 from metaaug_cli.networks.preprocessing import Preprocessing
@@ -57,6 +57,20 @@ def test_every_real_image_is_learned_from_or_held_back():
     order = [int((REAL.images == image).flatten(1).all(1).nonzero()) for image in both]
     assert sorted(order) == list(range(6))
     assert images()[0].originals.equal(REAL.images)
+
+
+def test_of_a_mixed_set_only_real_images_are_held_back(quick):
+    made = synthesize_calibration_set(network(batch_norm=True), SynthesisSettings(num=4, iterations=2))
+    mixed = join_calibration_sets(REAL, made)
+    assert mixed.is_real.tolist() == [True] * 6 + [False] * 4
+    recipe = Recipe().override(["calibration.holdout=5", "seed=2"])
+    found = gather_images(network(batch_norm=True), mixed, recipe, CPU, Told())
+    assert all(any(torch.equal(image, real) for real in REAL.images) for image in found.held_back)
+    assert (len(found.held_back), len(found.originals)) == (5, 5)
+    with pytest.raises(RecipeError, match="7 images are to be held back and 6 of the set are real"):
+        gather_images(
+            network(batch_norm=True), mixed, recipe.override(["calibration.holdout=7"]), CPU, Told()
+        )
 
 
 def test_made_images_come_after_the_real_ones_and_are_never_held_back(quick):

@@ -6,10 +6,13 @@ import pytest
 import torch
 from networks import family, images, placed
 
+from metaaug_cli.calibration.data import SYNTHETIC_ORIGIN, make_calibration_set
 from metaaug_cli.errors import InputError, RecipeError
+from metaaug_cli.networks.preprocessing import Preprocessing
 from metaaug_cli.prepare import (
     augmentation_kind,
     copies_of,
+    fitted_to,
     learns_augmenter,
     require_finite,
     require_images,
@@ -49,6 +52,17 @@ def test_auto_is_the_learned_augmenter_at_two_bits(kind, weight, act, learned):
     beside_made_ones = recipe.override(["calibration.synthetic=16"])
     assert augmentation_kind(beside_made_ones) == "none"
     assert augmentation_kind(beside_made_ones.override(["augmentation.kind=metaaug"])) == "metaaug"
+
+
+def test_auto_is_nothing_where_the_set_itself_holds_made_images():
+    recipe = Recipe().override(["quantization.weight_bits=2"])
+    preprocessing = Preprocessing((8, 8), None, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    real = make_calibration_set(images(4), preprocessing, list("abcd"), origin="folder x")
+    mixed = make_calibration_set(images(4), preprocessing, list("abcd"), origin=f"{SYNTHETIC_ORIGIN} net")
+    assert augmentation_kind(fitted_to(recipe, real)) == "metaaug"
+    assert augmentation_kind(fitted_to(recipe, mixed)) == "none"
+    asked = recipe.override(["augmentation.kind=metaaug"])
+    assert augmentation_kind(fitted_to(asked, mixed)) == "metaaug"
 
 
 def test_images_are_left_to_learn_from():

@@ -106,6 +106,27 @@ def test_networks_without_ordinary_weights_are_refused(tmp_path, change, message
         load_model(f"{tmp_path / 'net.py'}:build", weights="random", **FLAGS)
 
 
+def test_extra_state_of_a_module_is_its_own_business(tmp_path):
+    text = """
+        import torch
+
+        class Noted(torch.nn.Conv2d):
+            def get_extra_state(self):
+                return {"note": "mine"}
+
+            def set_extra_state(self, state):
+                assert state == {"note": "mine"}
+
+        def build():
+            return torch.nn.Sequential(Noted(3, 2, 3))
+    """
+    (tmp_path / "net.py").write_text(textwrap.dedent(text))
+    spec = f"{tmp_path / 'net.py'}:build"
+    network = load_model(spec, weights="random", **FLAGS).module
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    assert load_model(spec, weights=tmp_path / "net.pt", **FLAGS).weights == "net.pt"
+
+
 def test_a_factory_may_import_its_neighbours(network_file):
     (network_file.parent / "other.py").write_text("from network import trained as build\n")
     assert load_model(f"{network_file.parent / 'other.py'}:build", **FLAGS).module.fc.bias[0] == 0.5

@@ -78,6 +78,31 @@ def test_unreadable_weights(network_file, tmp_path, name, content, message):
         user_code.load(network_file, tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "quantized tensors"),
+        (lambda w: w.to(torch.complex64) * 1j, "complex tensors"),
+        (lambda w: (w * 100).to(torch.int8), "1 of another type: .*: file int8, network float32"),
+    ],
+    ids=["quantized", "complex", "whole numbers"],
+)
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
+def test_tensors_that_are_no_float_weights_are_refused(network_file, state, tmp_path, change, message):
+    name = next(k for k, v in state.items() if v.dim() > 1)
+    torch.save({**state, name: change(state[name])}, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match=message):
+        user_code.load(network_file, tmp_path / "odd.pt")
+
+
+def test_a_checkpoint_inside_itself_is_no_checkpoint(network_file, tmp_path):
+    endless: dict[str, object] = {}
+    endless["state_dict"] = endless
+    torch.save(endless, tmp_path / "endless.pt")
+    with pytest.raises(InputError, match="holds no weights"):
+        user_code.load(network_file, tmp_path / "endless.pt")
+
+
 def test_a_file_of_bare_shapes_is_refused(network_file, state, tmp_path):
     torch.save({k: v.to("meta") for k, v in state.items()}, tmp_path / "meta.pt")
     with pytest.raises(InputError, match="shapes without values"):

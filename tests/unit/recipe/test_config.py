@@ -251,3 +251,26 @@ def test_changes_name_the_setting_and_both_values():
     assert changed[0] == "seed: 0 -> 3"
     assert changed[1].startswith("reconstruction.iterations: ")
     assert changed[1].endswith(" -> 7")
+
+
+def test_aliases_are_refused_before_they_grow(tmp_path):
+    path = tmp_path / "bomb.yaml"
+    path.write_text("calibration:\n  num: [&a [x, x], &b [*a, *a], [*b, *b]]\n")
+    with pytest.raises(RecipeError, match=r"aliases \(\*name\) are not for recipes"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("value", ["2020-13-45", "9" * 5000])
+def test_values_that_yaml_makes_and_python_does_not_are_recipe_errors(tmp_path, value):
+    path = tmp_path / "odd.yaml"
+    path.write_text(f"seed: {value}\n")
+    with pytest.raises(RecipeError, match=r"odd\.yaml holds a value that cannot be read"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="seed: the value cannot be read"):
+        Recipe().override([f"seed={value}"])
+
+
+def test_a_large_wrong_value_is_shown_in_brief():
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_dict({"seed": [[["x" * 1000] * 1000] * 1000] * 1000})
+    assert len(caught.value.message) < 500
