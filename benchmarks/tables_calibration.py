@@ -11,8 +11,11 @@ _KINDS = ("real", "dgh", "dgh from plain noise", "published distance", "noise")
 
 
 def data_free(model: str) -> str:
-    """Real, synthetic and noise images side by side."""
-    return _data_free([r for r in records("data_free") if r["model"] == model], _KINDS)
+    """Real, synthetic and noise images side by side; with each idea removed where no other table has it."""
+    found = [r for r in records("data_free") if r["model"] == model]
+    seen = {r["images_from"] for r in found}
+    changed = () if model == "resnet20" else sorted(seen - set(_KINDS))
+    return _data_free(found, (*(k for k in _KINDS if k in seen), *changed))
 
 
 def data_free_ablation() -> str:
