@@ -1,4 +1,4 @@
-"""The C allocator's settings for long CPU runs."""
+"""The C allocator's settings for long CPU runs, and the most memory that a process has held."""
 
 from __future__ import annotations
 

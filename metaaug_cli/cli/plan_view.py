@@ -20,9 +20,8 @@ def show_plan(
     """Print the blocks of a run, their bits, memory and time, and give them as data."""
     from metaaug_cli.pipeline import pick_device
     from metaaug_cli.planning import plan_run
-    from metaaug_cli.prepare import copies_of, method_label, prepare_chain, require_images, schedule_of
+    from metaaug_cli.prepare import copies_of, method_label, prepare_chain, schedule_of
 
-    require_images(len(calibration.images), recipe)
     made = recipe.calibration.synthetic
     images = len(calibration.images) + made
     chain = prepare_chain(loaded.module, tuple(calibration.images.shape[1:]), recipe)

@@ -35,6 +35,16 @@ _LISTED = 5
 _MOST_NESTED = 8
 _TIMEOUT_S = 15
 _PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".tar", ".ckpt"}
+_NOT_WEIGHTS: tuple[tuple[str, str, Callable[[Tensor], bool]], ...] = (
+    (
+        "shapes without values (meta tensors)",
+        "save the weights after they were loaded or trained",
+        lambda t: t.is_meta,
+    ),
+    ("quantized tensors", "give the float network's weights", lambda t: t.is_quantized),
+    ("complex tensors", "metaaug quantizes real networks only", lambda t: t.is_complex()),
+    ("nested tensors", "give weights of fixed shapes", lambda t: t.is_nested),
+)
 
 
 def read_state_dict(path: Path) -> StateDict:
@@ -62,24 +72,12 @@ def read_state_dict(path: Path) -> StateDict:
 
 
 def _dense(state: StateDict, path: Path) -> StateDict:
-    """Sparse tensors, as pruned networks may store them, as dense ones; a file of bare shapes is refused."""
+    """Sparse tensors, as pruned networks may store them, as dense ones; other kinds are refused."""
     for kind, hint, is_so in _NOT_WEIGHTS:
         found = [name for name, tensor in state.items() if is_so(tensor)]
         if found:
             raise InputError(f"{path} holds {kind}: {found[0]}", hint=hint)
     return {k: v.to_dense() if v.layout != torch.strided else v for k, v in state.items()}
-
-
-_NOT_WEIGHTS: tuple[tuple[str, str, Callable[[Tensor], bool]], ...] = (
-    (
-        "shapes without values (meta tensors)",
-        "save the weights after they were loaded or trained",
-        lambda t: t.is_meta,
-    ),
-    ("quantized tensors", "give the float network's weights", lambda t: t.is_quantized),
-    ("complex tensors", "metaaug quantizes real networks only", lambda t: t.is_complex()),
-    ("nested tensors", "give weights of fixed shapes", lambda t: t.is_nested),
-)
 
 
 def _restricted_load(path: Path) -> object:

@@ -127,9 +127,10 @@ class RunDirectory:
         self.require_free(resume=resume)
         done = 0
         if self.holds_run:
-            self._require_same(info.fingerprint, recipe)
+            before = read_info(self.path)
+            self._require_same(before["fingerprint"], info.fingerprint, recipe)
             done = self._done(info.blocks)
-            _warn_of_changes(read_info(self.path), info)
+            _warn_of_changes(before, info)
         try:
             (self.path / "blocks").mkdir(parents=True, exist_ok=True)
             self._forget(info.blocks, done)
@@ -143,8 +144,8 @@ class RunDirectory:
         self._write_info(info, "running")
         return done
 
-    def _require_same(self, now: Fingerprint, recipe: Recipe) -> None:
-        changed = changes_of_inputs(read_info(self.path)["fingerprint"], now, self._changes_of(recipe))
+    def _require_same(self, before: dict[str, Any], now: Fingerprint, recipe: Recipe) -> None:
+        changed = changes_of_inputs(before, now, self._changes_of(recipe))
         if changed:
             raise RecipeError(
                 f"cannot resume {self.path}: {' and '.join(changed)} changed since it was started",
