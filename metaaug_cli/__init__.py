@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from metaaug_cli.pipeline import quantize as quantize
     from metaaug_cli.recipe.config import Recipe as Recipe
     from metaaug_cli.recipe.config import load_recipe as load_recipe
-    from metaaug_cli.runs.artifacts import load_run as load_run
+    from metaaug_cli.runs.finished import load_run as load_run
     from metaaug_cli.synthesis.dgh import SynthesisSettings as SynthesisSettings
     from metaaug_cli.synthesis.dgh import synthesize_calibration_set as synthesize_calibration_set
     from metaaug_cli.verification.evaluation import Evaluation as Evaluation
@@ -40,7 +40,7 @@ _HOME = {
     "load_calibration_set": "calibration.data",
     "load_model": "networks.models",
     "load_recipe": "recipe.config",
-    "load_run": "runs.artifacts",
+    "load_run": "runs.finished",
     "quantize": "pipeline",
     "synthesize_calibration_set": "synthesis.dgh",
 }

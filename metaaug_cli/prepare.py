@@ -58,12 +58,17 @@ def prepare_chain(program: nn.Module | ExportedProgram, input_size: tuple[int, .
 def _require_logits(module: fx.GraphModule) -> None:
     output = next(n for n in module.graph.nodes if n.op == "output").all_input_nodes[0]
     shape = tuple(output.meta["val"].shape[1:])
+    hint = "metaaug quantizes image classifiers: wrap the network so that its output is (images, classes)"
     if len(shape) != 1:
         raise GraphError(
             f"the network gives {shape} for an image, not a row of logits",
-            hint="metaaug quantizes image classifiers: wrap the network so that its output is "
-            "(images, classes), with flatten(1) for one",
+            hint=f"{hint}, with flatten(1) for one",
         )
+    if shape[0] == 0:
+        raise GraphError("the network gives no logits for an image: it has 0 classes", hint=hint)
+    if not output.meta["val"].dtype.is_floating_point:
+        kind = str(output.meta["val"].dtype).removeprefix("torch.")
+        raise GraphError(f"the network gives {kind} numbers for an image, not float logits", hint=hint)
 
 
 def bits_of(recipe: Recipe) -> Bits:

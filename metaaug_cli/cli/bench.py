@@ -8,7 +8,7 @@ from metaaug_cli.cli.console import Console
 
 if TYPE_CHECKING:
     from metaaug_cli.deployment.latency import Latency
-    from metaaug_cli.runs.artifacts import Run
+    from metaaug_cli.runs.finished import Run
 
 
 def run_bench(console: Console, run: Run) -> dict[str, Any]:

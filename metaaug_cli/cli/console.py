@@ -7,6 +7,7 @@ one plain line. Meaning never rests on colour alone, and ``NO_COLOR`` is respect
 import json as jsonlib
 import logging
 import os
+import re
 import sys
 import textwrap
 import time
@@ -31,6 +32,7 @@ WIDTH = 80
 _PLAIN_STEPS = 10
 _PLAIN_SECONDS = 30.0
 _FEW_STEPS = 20
+_COMMAND = re.compile(r"\s*(next: )?metaaug (calibrate|quantize|evaluate|export|inspect|demo) ")
 _DATA_STREAM: ContextVar[TextIO | None] = ContextVar("data_stream", default=None)
 
 
@@ -297,7 +299,7 @@ def _rich(*, stderr: bool) -> RichConsole:
 
 
 def _fill(text: str, *, width: int = WIDTH, indent: str = "") -> str:
-    """Wrap prose to the width, indent included, without ever breaking a path or a command in two."""
+    """Wrap prose to the width, indent included; a path, or a line that is a command, is never broken."""
     wrapper = textwrap.TextWrapper(
         width,
         initial_indent=indent,
@@ -305,4 +307,4 @@ def _fill(text: str, *, width: int = WIDTH, indent: str = "") -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return "\n".join(wrapper.fill(line) for line in text.split("\n"))
+    return "\n".join(line if _COMMAND.match(line) else wrapper.fill(line) for line in text.split("\n"))

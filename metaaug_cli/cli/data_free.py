@@ -178,7 +178,7 @@ def synthesize(
             f"{format_seconds(seconds)}; fewer --iterations or --num take less"
         )
     again = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    hint = f"continue with: metaaug {shlex.join(again)} --resume"
+    hint = f"continue with\nmetaaug {shlex.join(again)} --resume"
     history, started = SynthesisHistory(), time.monotonic()
     with resume_hint(hint), console.progress("making images") as tick:
         made = synthesize_calibration_set(

@@ -143,7 +143,7 @@ def export(
     from metaaug_cli.deployment.export import export_onnx
     from metaaug_cli.deployment.ort import count_kernels
     from metaaug_cli.deployment.runtimes import parse_release
-    from metaaug_cli.runs.artifacts import load_run
+    from metaaug_cli.runs.finished import load_run
 
     target = parse_release(target_ort) if target_ort is not None else None
     loaded = load_run(run)

@@ -156,7 +156,7 @@ def quantize(
     continue_with = f"metaaug {shlex.join(_without_resume(sys.argv[1:]))} --resume"
     if out is None:
         continue_with += f" --out {run_dir}"
-    with resume_hint(f"finished blocks are kept; continue with: {continue_with}"), _log_file(run_dir):
+    with resume_hint(f"finished blocks are kept; continue with\n{continue_with}"), _log_file(run_dir):
         _run(console, loaded, calibration, resolved, run_dir, device=device, cache_gb=cache_gb, resume=resume)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from metaaug_cli.deployment.external_data import require_external_data
 from metaaug_cli.deployment.manifest import Manifest, read_manifest
 from metaaug_cli.deployment.onnx_view import WEIGHTED, CodeTensor, WeightTensor, code_tensors, weight_tensors
 from metaaug_cli.deployment.packing import saturating_layers
@@ -158,11 +159,15 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     """Read a model file.
 
     Raises:
-        InputError: It is missing or is no ONNX file.
+        InputError: It is missing or is no ONNX file, or the file that holds its weights is missing.
     """
     require_file(path)
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
+        require_external_data(model, path)
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", hint="give an .onnx file") from None
     except Exception as error:  # protobuf's decode error has no stable public class

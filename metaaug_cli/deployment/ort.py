@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Literal
 
 import onnx
 
-from metaaug_cli.deployment.runtimes import SUPPORT, WITHOUT_INTEGER_KERNELS, installed_release
+from metaaug_cli.deployment.external_data import require_external_data
+from metaaug_cli.deployment.runtimes import SUPPORT, WITHOUT_INTEGER_KERNELS, installed_release, storage_of
 from metaaug_cli.errors import InputError
 
 if TYPE_CHECKING:
     import onnxruntime
 
+_LONGEST = 500
 _FATAL_ONLY = 4  # every failure also raises
 EXACT_OPTION = "session.x64quantprecision"
 _VNNI_FLAGS = {"avx512_vnni", "avx_vnni"}
@@ -156,12 +158,24 @@ def open_session(
     try:
         return ort.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # every failure class of the runtime derives from Exception only
+        read = _read(model) if isinstance(model, Path) else None
+        if isinstance(model, Path) and read is not None:
+            require_external_data(read, model)
+        hint = "its 4- and 2-bit types need the session options that `metaaug inspect` shows"
+        is_native = read is not None and any("native" in key for key in storage_of(read))
         name = model if isinstance(model, Path) else "the model"
         summary = str(error).strip().splitlines()[0][:400]
         raise InputError(
             f"ONNX Runtime {ort.__version__} does not load {name}: {summary}",
-            hint="a file exported with --pack native needs the session options that `metaaug inspect` shows",
+            hint=hint if is_native else None,
         ) from error
+
+
+def _read(path: Path) -> onnx.ModelProto | None:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception:  # protobuf raises its own classes, which derive from Exception only
+        return None
 
 
 def needs_exact_option() -> bool:

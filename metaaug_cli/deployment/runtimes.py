@@ -112,7 +112,8 @@ def require_integer(model: onnx.ModelProto, release: Release) -> None:
     hint = f"{other} runs as integers in {target}"
     for support in (SUPPORT[key] for key in stored if release < SUPPORT[key].exact):
         raise UsageError(
-            f"--target-ort {target}: {support.name} need ONNX Runtime {format_release(support.exact)}; "
+            f"--target-ort {target}: {support.name} need ONNX Runtime "
+            f"{format_release(support.integer or support.exact)}; "
             f"older releases {support.before}",
             hint=hint,
         )

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from metaaug_cli.errors import InputError
 from metaaug_cli.networks.weights import hash_state
@@ -45,6 +46,38 @@ def has_own_weights(module: nn.Module, path: Path, factory: str) -> bool:
     with _importable(path.parent):
         again = _built(_attribute(_import(path), factory, path), path, factory, seed=1)
     return hash_state(module.state_dict()) == hash_state(again.state_dict())
+
+
+def plain_module(module: nn.Module, name: str) -> nn.Module:
+    """The network itself, out of what wraps it to run elsewhere (``torch.compile``, ``DataParallel``).
+
+    Args:
+        module: What the user's code built.
+        name: For messages.
+
+    Raises:
+        InputError: It is, or holds, TorchScript, whose Python code is gone, or lazy layers without shapes.
+    """
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        else:
+            break
+    for place, part in module.named_modules():
+        where = f" ({place})" if place else ""
+        if isinstance(part, torch.jit.ScriptModule):
+            raise InputError(
+                f"{name} holds TorchScript{where}, which torch.export cannot trace",
+                hint="return the Python network it was scripted from",
+            )
+        if any(is_lazy(p) for p in part.parameters(recurse=False)):
+            raise InputError(
+                f"{name} holds a lazy layer without a shape{where}",
+                hint="run the network once on an image in the factory, or name its sizes",
+            )
+    return module
 
 
 @contextlib.contextmanager
@@ -93,7 +126,7 @@ def _attribute(module: ModuleType, factory: str, path: Path) -> object:
 
 def _built(factory: object, path: Path, name: str, *, seed: int) -> nn.Module:
     if isinstance(factory, nn.Module):
-        return factory
+        return plain_module(factory, name)
     if not callable(factory):
         raise InputError(f"{name} in {path} is not callable")
     try:
@@ -107,7 +140,7 @@ def _built(factory: object, path: Path, name: str, *, seed: int) -> nn.Module:
             f"{name}() of {path} returned {type(built).__name__}, not a torch.nn.Module",
             hint="the factory must return the network alone",
         )
-    return built
+    return plain_module(built, f"{name}() of {path}")
 
 
 def _user_error(doing: str, exc: BaseException, path: Path) -> InputError:

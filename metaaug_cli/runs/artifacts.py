@@ -8,32 +8,30 @@ Every write replaces the file in one step.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor, fx
+from torch import Tensor
 from torch.export import ExportedProgram
 
-from metaaug_cli.deployment.manifest import Manifest
 from metaaug_cli.errors import InputError, RecipeError, UsageError
 from metaaug_cli.files import write_atomically
-from metaaug_cli.networks.preprocessing import Preprocessing
-from metaaug_cli.networks.pt2_archive import load_program
-from metaaug_cli.quantization.blocks import Block, Chain
+from metaaug_cli.quantization.blocks import Block
 from metaaug_cli.quantization.reconstruct import BlockHistory
 from metaaug_cli.recipe.config import Recipe, load_recipe
 from metaaug_cli.runs.environment import environment
-from metaaug_cli.runs.run_info import Fingerprint, RunInfo, changes_of_inputs, changes_of_machine
+from metaaug_cli.runs.run_info import RunInfo, changes_of_inputs, changes_of_machine
 
 SCHEMA_VERSION = 1
 RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE = (
@@ -54,7 +52,8 @@ _RUN_KEYS = {
     "fingerprint": dict,
     "blocks": list,
 }
-_REPAIR = "repair the run with the same `metaaug quantize` command and --resume"
+REPAIR = "repair the run with the same `metaaug quantize` command and --resume"
+_MARK = "run"
 _logger = logging.getLogger(__name__)
 
 
@@ -69,7 +68,7 @@ def _warn_of_changes(before: dict[str, Any], info: RunInfo) -> None:
 
 
 class RunDirectory:
-    """Writes one run's files; reading a finished run is ``load_run``.
+    """Writes one run's files; reading a finished run is ``finished.load_run``.
 
     Args:
         path: The directory; made on ``start``.
@@ -77,6 +76,12 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @cached_property
+    def mark(self) -> str:
+        """What the run's block files carry, so that another run's is noticed: a hash of what decides them."""
+        decides = json.dumps(read_info(self.path)["fingerprint"], sort_keys=True)
+        return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
     @property
     def holds_run(self) -> bool:
@@ -128,7 +133,7 @@ class RunDirectory:
         done = 0
         if self.holds_run:
             before = read_info(self.path)
-            self._require_same(before["fingerprint"], info.fingerprint, recipe)
+            self._require_same(before, info, recipe)
             done = self._done(info.blocks)
             _warn_of_changes(before, info)
         try:
@@ -144,7 +149,7 @@ class RunDirectory:
         self._write_info(info, "running")
         return done
 
-    def _require_same(self, before: dict[str, Any], now: Fingerprint, recipe: Recipe) -> None:
+    def _require_same(self, before: dict[str, Any], now: RunInfo, recipe: Recipe) -> None:
         changed = changes_of_inputs(before, now, self._changes_of(recipe))
         if changed:
             raise RecipeError(
@@ -164,7 +169,7 @@ class RunDirectory:
             if not (self.block_path(index, name, ".json").exists() and self.block_path(index, name).exists()):
                 return index
             try:
-                read_state(self.block_path(index, name))
+                self._block_state(index, name)
                 history = _read_history(self.block_path(index, name, ".json"))
                 if history.augmentation:  # the augmenter goes on from where this block left it
                     read_state(self.path / AUGMENTATION / self.block_path(index, name).name)
@@ -185,20 +190,30 @@ class RunDirectory:
 
     def save_block(self, block: Block, history: BlockHistory) -> None:
         """Write one finished block: its state first, then the history that marks it as done."""
-        write_atomically(self.block_path(block.index, block.name), save(block.state()))
+        marked = save(block.state(), metadata={_MARK: self.mark})
+        write_atomically(self.block_path(block.index, block.name), marked)
         write_atomically(self.block_path(block.index, block.name, ".json"), json.dumps(asdict(history)))
 
     def load_block(self, block: Block) -> BlockHistory:
         """Load one finished block into its quantizers and return its history."""
         path = self.block_path(block.index, block.name)
         try:
-            block.load(read_state(path))
+            block.load(self._block_state(block.index, block.name))
         except (KeyError, RuntimeError) as error:
             raise InputError(
                 f"{path} does not hold block {block.name}: {error}",
                 hint="delete it and continue with --resume: its block is then learned again",
             ) from None
         return _read_history(self.block_path(block.index, block.name, ".json"))
+
+    def _block_state(self, index: int, name: str) -> dict[str, Tensor]:
+        path = self.block_path(index, name)
+        state = read_state(path)
+        with safe_open(path, "pt") as stored:
+            mark = (stored.metadata() or {}).get(_MARK, self.mark)  # older runs have none
+        if mark != self.mark:
+            raise InputError(f"{path} belongs to another run", hint=REPAIR)
+        return state
 
     def finish(self, info: RunInfo, metrics: dict[str, Any]) -> None:
         """Write the metrics and mark the run as complete."""
@@ -222,14 +237,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read {path}: {error}", hint=_REPAIR) from None
+        raise InputError(f"cannot read {path}: {error}", hint=REPAIR) from None
 
 
 def _read_history(path: Path) -> BlockHistory:
     try:
         return BlockHistory(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"cannot read {path}: {error}", hint=_REPAIR) from None
+        raise InputError(f"cannot read {path}: {error}", hint=REPAIR) from None
 
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
@@ -283,117 +298,3 @@ def read_info(run_dir: Path) -> dict[str, Any]:
             hint="restore it from a copy, or start afresh with another --out",
         )
     return info
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, read back: everything to evaluate and export it without the user's own code."""
-
-    path: Path
-    info: dict[str, Any]
-    recipe: Recipe
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How images become the network's input."""
-        return Preprocessing.from_dict(self.info["preprocessing"])
-
-    @property
-    def num_outputs(self) -> int:
-        """Classes of the network."""
-        return int(self.info["num_outputs"])
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """(C, H, W) of the network's input."""
-        preprocessing = self.preprocessing
-        return (preprocessing.channels, *preprocessing.size)
-
-    @cached_property
-    def chain(self) -> Chain:
-        """The network as blocks, quantizers loaded."""
-        from metaaug_cli.prepare import prepare_chain
-
-        chain = prepare_chain(self._program(), self.input_size, self.recipe)
-        directory = RunDirectory(self.path)
-        for block in chain.blocks:
-            directory.load_block(block)
-        return chain
-
-    def _program(self) -> ExportedProgram:
-        try:
-            return load_program(self.path / FLOAT_FILE)
-        except InputError as error:
-            raise InputError(error.message, hint=_REPAIR) from None
-
-    @property
-    def float_module(self) -> fx.GraphModule:
-        """The float network, batch norms folded."""
-        return self.chain.module
-
-    @cached_property
-    def deployed_module(self) -> fx.GraphModule:
-        """The deployed network as it is exported; ``IntegerSimulation`` runs it as integer hardware does."""
-        from metaaug_cli.deployment.deploy import deploy
-
-        return deploy(self.chain)
-
-    @property
-    def onnx_path(self) -> Path:
-        """The exported file inside the run directory; written when it is first asked for."""
-        path = self.path / ONNX_FILE
-        if not path.exists():
-            from metaaug_cli.deployment.export import export_onnx
-
-            export_onnx(self.deployed_module, input_size=self.input_size, path=path, manifest=self.manifest())
-        return path
-
-    def manifest(self) -> Manifest:
-        """What the exported file says about itself."""
-        from metaaug_cli.prepare import method_label
-
-        placement = self.chain.placement
-        fingerprint = self.info["fingerprint"]
-        return Manifest(
-            model=self.info["model"],
-            placement=self.recipe.quantization.placement,
-            method=method_label(self.recipe),
-            weight_bits={w.name: w.bits for w in placement.weights.values()},
-            act_bits={a.name: a.bits for a in placement.activations.values()},
-            recipe=self.recipe.model_dump(mode="json"),
-            recipe_sha256=fingerprint["recipe"],
-            weights_sha256=fingerprint["weights"],
-            calibration_sha256=fingerprint["calibration"],
-            preprocessing=self.info["preprocessing"],
-            metrics=read_metrics(self.path),
-        )
-
-
-def load_run(run_dir: Path | str) -> Run:
-    """Read a finished run.
-
-    Raises:
-        InputError: It is not a run directory, or the run is not finished.
-    """
-    path = Path(run_dir)
-    info = read_info(path)
-    if info["status"] != "complete":
-        done = len(list((path / "blocks").glob("*.json")))
-        raise InputError(
-            f"the run in {path} is not finished: {done} of {len(info['blocks'])} blocks are done",
-            hint="continue it with the same `metaaug quantize` command and --resume",
-        )
-    if not (path / FLOAT_FILE).exists():
-        raise InputError(f"{path / FLOAT_FILE} is missing", hint=_REPAIR)
-    return Run(path, info, _read_recipe(path / RECIPE_FILE, info["fingerprint"]["recipe"]))
-
-
-def _read_recipe(path: Path, sha256: str) -> Recipe:
-    """The run's recipe; one that was edited since would describe another network than the blocks hold."""
-    try:
-        recipe = load_recipe(path)
-    except RecipeError as error:
-        raise InputError(error.message, hint=_REPAIR) from None
-    if recipe.sha256() != sha256:
-        raise InputError(f"{path} is not the recipe this run was made with", hint=_REPAIR)
-    return recipe

@@ -35,16 +35,31 @@ class RunInfo:
     command: str | None = None
 
 
-def changes_of_inputs(before: dict[str, Any], now: Fingerprint, settings: list[str]) -> list[str]:
-    """What the user gives now but did not ``before``; ``settings`` are those of the recipe that differ."""
-    named = f" ({', '.join(settings)})" if settings else ""
+def changes_of_inputs(before: dict[str, Any], now: RunInfo, settings: list[str]) -> list[str]:
+    """What the user gives now but did not ``before`` (of ``run.json``).
+
+    ``settings`` are those of the recipe that differ.
+    """
+    prepared = [
+        key for key, value in now.preprocessing.items() if _other(value, before["preprocessing"].get(key))
+    ]
     meaning = {
-        "recipe": f"the recipe{named}",
+        "recipe": f"the recipe{_listed(settings)}",
         "weights": "the model's weights",
         "graph": "the model's code",
-        "calibration": "the calibration set",
+        # the hash is of prepared images: where their preparation differs, the images need not
+        "calibration": f"how images are prepared{_listed(prepared)}" if prepared else "the calibration set",
     }
-    return [meaning[key] for key, value in asdict(now).items() if before.get(key) != value]
+    then = before["fingerprint"]
+    return [meaning[key] for key, value in asdict(now.fingerprint).items() if then.get(key) != value]
+
+
+def _other(value: Any, before: Any) -> bool:
+    return (list(value) if isinstance(value, tuple) else value) != before
+
+
+def _listed(names: list[str]) -> str:
+    return f" ({', '.join(names)})" if names else ""
 
 
 def changes_of_machine(before: dict[str, Any], device: str) -> list[str]:

@@ -105,7 +105,7 @@ def add_openvino(target: Target) -> Target:
 
 
 def _open_run(path: Path, onnx_path: Path | None) -> Target:
-    from metaaug_cli.runs.artifacts import load_run
+    from metaaug_cli.runs.finished import load_run
 
     run = load_run(path)
     file = onnx_path or run.onnx_path

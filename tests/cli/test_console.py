@@ -104,6 +104,15 @@ def test_eighty_columns_and_unbroken_paths(capsys):
     assert LONG_PATH in capsys.readouterr().err
 
 
+def test_a_command_to_type_stays_in_one_line_and_prose_does_not(capsys):
+    command = "metaaug quantize resnet18 --calib " + " ".join(f"images/{i}" for i in range(20)) + " --resume"
+    prose = "metaaug quantizes image classifiers " + "and says so in words " * 6
+    Console().error("interrupted", hint=f"{prose}; continue with\n{command}")
+    lines = capsys.readouterr().err.splitlines()
+    assert f"  {command}" in lines
+    assert all(len(line) <= 80 for line in lines if command not in line)
+
+
 def test_markup_in_names_is_shown_as_it_is(capsys):
     console = Console()
     console.table("[bold]x", ["[red]name"], [["conv[0]"], ["[/]"]])

@@ -15,7 +15,8 @@ import yaml
 from metaaug_cli import demo
 from metaaug_cli.cli.app import main
 from metaaug_cli.deployment.simulation import IntegerSimulation
-from metaaug_cli.runs.artifacts import LOG_FILE, RUN_FILE, load_run, read_info
+from metaaug_cli.runs.artifacts import LOG_FILE, RUN_FILE, read_info
+from metaaug_cli.runs.finished import load_run
 
 COMMAND = [sys.executable, "-m", "metaaug_cli"]
 

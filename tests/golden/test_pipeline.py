@@ -30,7 +30,7 @@ from networks import SIZE, ResidualNet, images, trained
 from metaaug_cli.deployment.simulation import IntegerSimulation
 from metaaug_cli.errors import RecipeError, UsageError
 from metaaug_cli.pipeline import pick_device, quantize
-from metaaug_cli.runs.artifacts import load_run
+from metaaug_cli.runs.finished import load_run
 
 GOLDEN = Path(__file__).with_name("losses.json")
 

@@ -5,21 +5,24 @@ import copy
 import pytest
 import torch
 from networks import family, images, placed
+from torch import nn
 
 from metaaug_cli.calibration.data import SYNTHETIC_ORIGIN, make_calibration_set
-from metaaug_cli.errors import InputError, RecipeError
+from metaaug_cli.errors import GraphError, InputError, RecipeError
 from metaaug_cli.networks.preprocessing import Preprocessing
 from metaaug_cli.prepare import (
     augmentation_kind,
     copies_of,
     fitted_to,
     learns_augmenter,
+    prepare_chain,
     require_finite,
     require_images,
 )
 from metaaug_cli.quantization.blocks import build_chain
 from metaaug_cli.recipe.config import Recipe
 
+HEAD = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
 FIXED, LEARNED = "augmentation.kind=flip", "augmentation.kind=metaaug"
 
 
@@ -81,3 +84,29 @@ def test_the_block_where_values_stop_being_numbers_is_named():
     with pytest.raises(InputError, match=f"block {chain.blocks[1].name}: .* NaN or infinite") as caught:
         require_finite(chain, images(4))
     assert "--mean" in caught.value.hint
+
+
+class Changed(nn.Module):
+    """A network whose logits go through ``change``."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.network, self.change = copy.deepcopy(HEAD), change
+
+    def forward(self, x):
+        return self.change(self.network(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y[:, :, None, None], r"gives \(5, 1, 1\) for an image"),
+        (lambda y: y[:, :0], "it has 0 classes"),
+        (lambda y: y + 1j, "complex64 numbers"),
+        (lambda y: y.long(), "int64 numbers"),
+    ],
+)
+def test_what_is_no_row_of_float_logits_is_refused(change, message):
+    with pytest.raises(GraphError, match=message) as caught:
+        prepare_chain(Changed(change).eval(), (3, 8, 8), Recipe())
+    assert "(images, classes)" in caught.value.hint

@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from metaaug_cli.deployment import ort
+from metaaug_cli.deployment.onnx_summary import load_onnx
 from metaaug_cli.deployment.ort import (
     EXACT_OPTION,
     KernelCount,
@@ -168,6 +169,21 @@ def test_a_file_that_does_not_load_is_an_input_error(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"does not load .*broken.onnx"):
         open_session(path)
+
+
+def test_weights_that_are_not_beside_the_file_are_named(tmp_path):
+    weight = numpy_helper.from_array(np.ones((5, 12), np.float32), "w")
+    nodes = [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)]
+    ends = [helper.make_tensor_value_info(n, 1, ["n", s]) for n, s in (("x", 12), ("y", 5))]
+    model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], [weight]), ir_version=8)
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert open_session(path).run(None, {"x": np.ones((1, 12), np.float32)})[0].tolist() == [[12.0] * 5]
+    assert load_onnx(path).graph.initializer[0].raw_data
+    (tmp_path / "weights.bin").unlink()
+    for read in (open_session, load_onnx):
+        with pytest.raises(InputError, match=r"keeps its weights in weights\.bin, which is not beside it"):
+            read(path)
 
 
 CPUS = {

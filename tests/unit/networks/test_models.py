@@ -85,11 +85,15 @@ def test_files_that_do_not_import(tmp_path, text, message):
         load_model(f"{tmp_path / 'net.py'}:build", **FLAGS)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch itself, about TorchScript
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("network.to('meta')", "built without values"),
         ("network.register_buffer('kept', torch.eye(3).to_sparse())", "holds sparse weights: kept"),
+        ("network = torch.jit.script(network)", r"build\(\) of .* holds TorchScript, which"),
+        ("network.append(torch.jit.script(torch.nn.ReLU()))", r"holds TorchScript \(1\)"),
+        ("network.append(torch.nn.LazyBatchNorm2d())", r"holds a lazy layer without a shape \(1\)"),
     ],
 )
 def test_networks_without_ordinary_weights_are_refused(tmp_path, change, message):
@@ -104,6 +108,18 @@ def test_networks_without_ordinary_weights_are_refused(tmp_path, change, message
     (tmp_path / "net.py").write_text(textwrap.dedent(text))
     with pytest.raises(InputError, match=message):
         load_model(f"{tmp_path / 'net.py'}:build", weights="random", **FLAGS)
+
+
+@pytest.mark.parametrize("wrap", ["torch.compile({})", "torch.nn.DataParallel(torch.compile({}))"])
+def test_the_network_is_taken_out_of_what_wraps_it(tmp_path, wrap):
+    plain = "torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3))"
+    for name, text in (("plain", plain), ("wrapped", wrap.format(plain))):
+        (tmp_path / f"{name}.py").write_text(f"import torch\ndef build():\n    return {text}\n")
+    found, wanted = (
+        load_model(f"{tmp_path / name}.py:build", weights="random", **FLAGS) for name in ("wrapped", "plain")
+    )
+    assert type(found.module) is torch.nn.Sequential
+    assert found.weights_sha256 == wanted.weights_sha256
 
 
 def test_extra_state_of_a_module_is_its_own_business(tmp_path):

@@ -15,14 +15,15 @@ from metaaug_cli.graph.graph_tools import hash_graph
 from metaaug_cli.quantization.blocks import build_chain, search_activation_scales
 from metaaug_cli.quantization.reconstruct import BlockHistory
 from metaaug_cli.recipe.config import Recipe
-from metaaug_cli.runs.artifacts import RunDirectory, load_run, read_info
+from metaaug_cli.runs.artifacts import RunDirectory, read_info
 from metaaug_cli.runs.environment import environment
+from metaaug_cli.runs.finished import load_run
 from metaaug_cli.runs.run_info import Fingerprint, RunInfo
 
 INFO = RunInfo(
     model="net",
     weights="random",
-    preprocessing={},
+    preprocessing={"mean": (0.5,), "size": [8, 8]},
     num_outputs=5,
     calibration={},
     fingerprint=Fingerprint(recipe="a", weights="b", graph="c", calibration="d"),
@@ -84,6 +85,13 @@ def test_every_change_is_named(started):
         started.start(other, Recipe(), None, resume=True)
 
 
+def test_other_preparation_is_not_called_other_images(started):
+    prepared = replace(INFO, preprocessing={"mean": (0.4,), "size": [8, 8]})
+    other = replace(prepared, fingerprint=replace(INFO.fingerprint, calibration="changed"))
+    with pytest.raises(RecipeError, match=r"how images are prepared \(mean\) changed"):
+        started.start(other, Recipe(), None, resume=True)
+
+
 def test_resuming_counts_the_finished_blocks_in_order(started):
     assert started.start(INFO, Recipe(), None, resume=True) == 0
     finish_block(started, 0)
@@ -121,11 +129,9 @@ def test_an_unwritable_place_is_a_clear_error(tmp_path):
         RunDirectory(tmp_path / "file" / "run").start(INFO, Recipe(), None, resume=False)
 
 
-def test_blocks_travel_through_their_files(tmp_path):
+def test_blocks_travel_through_their_files(started):
     module = family("mobile")
     chain, fresh = (build_chain(module, placed(module)) for _ in range(2))
-    directory = RunDirectory(tmp_path)
-    (tmp_path / "blocks").mkdir()
     history = BlockHistory(2.5, 1.25, 3.0, [(0, 2.0), (1, 1.5)])
     values = (images(8),)
     for block in chain.blocks:
@@ -134,39 +140,49 @@ def test_blocks_travel_through_their_files(tmp_path):
         with torch.no_grad():
             for q in block.weights.values():
                 q.rounding_logits.neg_()
-        directory.save_block(block, history)
+        started.save_block(block, history)
     for block, other in zip(chain.blocks, fresh.blocks, strict=True):
-        loaded = directory.load_block(other)
+        loaded = started.load_block(other)
         assert (loaded.loss_before, loaded.loss_after, loaded.seconds) == (2.5, 1.25, 3.0)
         assert [tuple(point) for point in loaded.curve] == history.curve
         for key, value in block.state().items():
             assert torch.equal(other.state()[key], value), key
 
 
-def test_a_damaged_block_is_named(tmp_path):
+def test_a_damaged_block_is_named(started):
     module = family("mobile")
     block = build_chain(module, placed(module)).blocks[0]
-    directory = RunDirectory(tmp_path)
-    (tmp_path / "blocks").mkdir()
-    directory.save_block(block, BlockHistory(1.0, 1.0))
-    path = directory.block_path(0, block.name)
+    started.save_block(block, BlockHistory(1.0, 1.0))
+    path = started.block_path(0, block.name)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError) as caught:
-        directory.load_block(block)
+        started.load_block(block)
     assert path.name in caught.value.message
     assert "--resume" in caught.value.hint
 
 
-def test_a_file_of_another_block_is_named(tmp_path):
+def test_a_file_of_another_block_is_named(started):
     module = family("mobile")
     first, second = build_chain(module, placed(module)).blocks[:2]
-    directory = RunDirectory(tmp_path)
-    (tmp_path / "blocks").mkdir()
-    directory.save_block(first, BlockHistory(1.0, 1.0))
-    directory.save_block(second, BlockHistory(1.0, 1.0))
-    directory.block_path(0, first.name).write_bytes(directory.block_path(1, second.name).read_bytes())
+    started.save_block(first, BlockHistory(1.0, 1.0))
+    started.save_block(second, BlockHistory(1.0, 1.0))
+    started.block_path(0, first.name).write_bytes(started.block_path(1, second.name).read_bytes())
     with pytest.raises(InputError, match=f"does not hold block {first.name}") as caught:
-        directory.load_block(first)
+        started.load_block(first)
+    assert "--resume" in caught.value.hint
+
+
+def test_a_block_of_another_run_is_noticed(started, tmp_path):
+    block = build_chain(family("mobile"), placed(family("mobile"))).blocks[0]
+    other = RunDirectory(tmp_path / "other")
+    other.start(
+        replace(INFO, fingerprint=replace(INFO.fingerprint, recipe="z")), Recipe(), None, resume=False
+    )
+    other.save_block(block, BlockHistory(1.0, 1.0))
+    path = started.block_path(0, block.name)
+    path.write_bytes(other.block_path(0, block.name).read_bytes())
+    with pytest.raises(InputError, match="belongs to another run") as caught:
+        started.load_block(block)
     assert "--resume" in caught.value.hint
 
 

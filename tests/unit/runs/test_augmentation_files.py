@@ -10,9 +10,12 @@ from safetensors.torch import save_file
 
 from metaaug_cli.errors import InputError
 from metaaug_cli.quantization.reconstruct import BlockHistory
+from metaaug_cli.recipe.config import Recipe
 from metaaug_cli.runs.artifacts import RunDirectory
 from metaaug_cli.runs.augmentation_files import AugmentationFiles
+from metaaug_cli.runs.run_info import Fingerprint, RunInfo
 
+INFO = RunInfo("net", "random", {}, 5, {}, Fingerprint("a", "b", "c", "d"), [], "cpu")
 HISTORY = BlockHistory(
     2.0, 1.0, losses={"originals": 1.0, "trained": 1.5}, augmentation={"distance": 0.1, "similarity": 1.0}
 )
@@ -23,7 +26,7 @@ def run(tmp_path):
     """A run directory after block 1: (files, block, augmenter, its history)."""
     learned = learned_augmentation()
     directory = RunDirectory(tmp_path)
-    (tmp_path / "blocks").mkdir()
+    directory.start(INFO, Recipe(), None, resume=False)
     files = AugmentationFiles(directory, [block.name for block in learned.passes.blocks])
     meta = teach(learned)
     block, _ = data_of(learned, 1)
