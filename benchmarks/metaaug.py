@@ -3,9 +3,11 @@
 All variants of a suite see the same calibration sets (seed = set) and are evaluated in ONNX Runtime on the
 same test images, so that differences are paired. Suites: main (32 images, every variant, 500 iterations),
 images (8 to 512 images, W2A2 and W2A4, 200 iterations, also with images made from the network beside
-them), ablation (weights, preservation, inner steps, epsilon, fixed kinds), mobilenet (64 and 512
-images of 224 px, 60 iterations), mobilenet-128 (the same at 128 px with 200), mobilenet-long (at 224 px with
-500, for a GPU). Finished runs are kept in benchmarks/results/metaaug.jsonl and not repeated.
+them), published (32 images, the second layer's input at 8 bits as in the published code), long (the same
+with 2 000 iterations), ablation (weights, preservation, inner steps, epsilon, fixed kinds), mobilenet (64 and
+512 images of 224 px, 60 iterations), mobilenet-128 (the same at 128 px with 200, and W2A4 with 2 000),
+mobilenet-long (at 224 px with 500, for a GPU). Finished runs are kept in benchmarks/results/metaaug.jsonl and
+not repeated.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ Key = dict[str, Any]
 _SETS = range(5)
 _ITERATIONS = 500
 _SHORT = 200
+_LONG = 2_000
 _SYNTHETIC = "genie, 256 synthetic images too"
 _SYNTHETIC_64 = "genie, 64 synthetic images too"
 _BOTH = "policy, 256 synthetic images too"
@@ -36,6 +39,7 @@ _PLAIN, _PLAIN_BOTH, _PLAIN_64 = (
     "policy, 256 images from plain noise too",
     "genie, 64 images from plain noise too",
 )
+_REAL_512 = "genie, 512 real images instead"
 # What stands beside the real images: where they come from (see data_free.py), and how many.
 _MADE = {_SYNTHETIC: ("dgh", 256), _BOTH: ("dgh", 256), _SYNTHETIC_64: ("dgh", 64)}
 _MADE |= {p: ("dgh from plain noise", n) for p, n in ((_PLAIN, 256), (_PLAIN_BOTH, 256), (_PLAIN_64, 64))}
@@ -55,6 +59,7 @@ VARIANTS: dict[str, list[str]] = {
     _BOTH: [_LEARNED, *_POLICY],
     _PLAIN: ["augmentation.kind=none"],
     _PLAIN_BOTH: [_LEARNED, *_POLICY],
+    _REAL_512: ["augmentation.kind=none"],
     "genie, twice the iterations": ["augmentation.kind=none"],
     "policy+flip+crop": [f"{_LEARNED}+flip+crop", *_POLICY],
     "residual": [_LEARNED, *_RESIDUAL],
@@ -66,12 +71,31 @@ VARIANTS: dict[str, list[str]] = {
 def _key(variant: str, *, bits: str = "w2a2", num: int = 32, seed: int, iterations: int = _ITERATIONS) -> Key:
     if variant.endswith("twice the iterations"):
         iterations *= 2
+    if variant == _REAL_512:
+        num = 512
     return {"variant": variant, "bits": bits, "num": num, "seed": seed, "iterations": iterations}
+
+
+def _published(keys: list[Key]) -> list[Key]:
+    """With the second layer's input at 8 bits, where the published code has it."""
+    return [{**key, "stem": 8} for key in keys]
 
 
 def main_table() -> list[Key]:
     """W2A2, 32 images: every claim that needs five paired calibration sets, the most telling first."""
-    return [_key(variant, seed=seed) for variant in VARIANTS for seed in _SETS]
+    return [_key(variant, seed=seed) for variant in VARIANTS if variant != _REAL_512 for seed in _SETS]
+
+
+def published() -> list[Key]:
+    """W2A2, 32 images in the published code's placement, and what 512 real images would gain."""
+    variants = ("genie", "policy", "mixup", "pool", _SYNTHETIC, _REAL_512)
+    return _published([_key(variant, seed=seed) for seed in _SETS for variant in variants])
+
+
+def long() -> list[Key]:
+    """The same nearer to the published length: does overfitting grow with it, and do copies help then?"""
+    variants = ("genie", "policy", "mixup", _SYNTHETIC, _REAL_512)
+    return _published([_key(v, seed=seed, iterations=_LONG) for seed in _SETS[:3] for v in variants])
 
 
 def joined(subject: Subject, key: Key, folder: Path) -> Subject:
@@ -135,12 +159,14 @@ def mobilenet_long_keys() -> list[Key]:
 def mobilenet_128_keys() -> list[Key]:
     """128 px, where a CPU can afford three calibration sets and 200 iterations; set by set."""
     usual = ("genie", _POLICY_10)
-    return [
+    four = [
         _key(variant, bits="w4a4", num=num, seed=seed, iterations=_SHORT)
         for seed in range(3)
         for num, variants in ((64, (*usual, _SYNTHETIC_64)), (512, usual))
         for variant in variants
     ]
+    two = [(num, variant) for num in (64, 512) for variant in usual]
+    return four + [_key(variant, bits="w2a4", num=num, seed=0, iterations=_LONG) for num, variant in two]
 
 
 ABLATION = {
@@ -175,6 +201,8 @@ _CHANGES = VARIANTS | ABLATION | MOBILENET_VARIANTS
 SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
     "main": (resnet20, main_table),
     "images": (resnet20, images),
+    "published": (resnet20, published),
+    "long": (resnet20, long),
     "ablation": (resnet20, ablation),
     "mobilenet": (mobilenet, mobilenet_keys),
     "mobilenet-128": (mobilenet_128, mobilenet_128_keys),
@@ -188,6 +216,7 @@ def settings(key: Key) -> list[str]:
         f"quantization.weight_bits={key['bits'][1]}",
         f"quantization.act_bits={key['bits'][3]}",
         "quantization.placement=academic",
+        f"quantization.stem_output_bits={key.get('stem', 'null')}",
         f"reconstruction.iterations={key['iterations']}",
         *_CHANGES[key["variant"]],
     ]
@@ -216,7 +245,7 @@ def run(subject: Subject, keys: list[Key]) -> None:
     """Measure every key that is not recorded yet."""
     for key in keys:
         full = {"model": subject.name, **key}
-        if is_recorded("metaaug", full):
+        if is_recorded("metaaug", {**full, "stem": key.get("stem")}):
             continue
         values = measure(subject, key)
         record("metaaug", full, values)
