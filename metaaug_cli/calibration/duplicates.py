@@ -23,6 +23,7 @@ _HASH_SIDE, _KEPT, _THUMBNAIL = 32, 8, 16
 _MAX_BITS = 8
 _MIN_CORRELATION = 0.9
 _FLAT = 1.0 / 255
+_FIRST_ROOM = 1024
 
 _FloatArray = npt.NDArray[np.float32]
 
@@ -68,7 +69,7 @@ class DuplicateFinder:
 
     _exact: dict[bytes, str] = field(default_factory=dict)
     _names: list[str] = field(default_factory=list)
-    _bits: list[_FloatArray] = field(default_factory=list)
+    _bits: _FloatArray = field(default_factory=lambda: np.empty((_FIRST_ROOM, _KEPT**2 - 1), np.float32))
     _thumbnails: list[_FloatArray] = field(default_factory=list)
 
     def add(self, name: str, pixels: Tensor) -> str | None:
@@ -89,18 +90,21 @@ class DuplicateFinder:
             return f"near-duplicate of {twin}"
         self._exact[new.digest] = name
         if new.bits is not None and new.thumbnail is not None:
+            if len(self._names) == len(
+                self._bits
+            ):  # doubled, since a set that is copied for each picture is slow
+                self._bits = np.concatenate([self._bits, np.empty_like(self._bits)])
+            self._bits[len(self._names)] = new.bits
             self._names.append(name)
-            self._bits.append(new.bits)
             self._thumbnails.append(new.thumbnail)
         return None
 
     def _twin(self, new: Fingerprint) -> str | None:
         if new.bits is None or new.thumbnail is None or not self._names:
             return None
-        different = (len(new.bits) - np.stack(self._bits) @ new.bits) / 2
-        for index in np.argsort(different, kind="stable"):
-            if different[index] > _MAX_BITS:
-                return None
+        different = (len(new.bits) - self._bits[: len(self._names)] @ new.bits) / 2
+        near = np.flatnonzero(different <= _MAX_BITS)
+        for index in near[np.argsort(different[near], kind="stable")]:
             if float(np.dot(self._thumbnails[index], new.thumbnail)) >= _MIN_CORRELATION:
                 return self._names[index]
         return None
