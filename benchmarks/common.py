@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from metaaug_cli.calibration.data import (
     check_class_count,
@@ -140,15 +141,30 @@ def quantized(
     return quantize(subject.model, calibration, recipe=recipe, run_dir=run_dir)
 
 
-def onnx_top1(subject: Subject, result: QuantizedModel) -> float:
-    """Top-1 of the exported file in ONNX Runtime, in percent."""
+def onnx_scores(subject: Subject, result: QuantizedModel) -> dict[str, float]:
+    """The exported file in ONNX Runtime against labels and float network.
+
+    Returns:
+        ``onnxruntime`` (top-1) and ``agreement``, in percent, and ``divergence``, the mean KL divergence of
+        the float network's predictions from the file's, which few images tell more exactly than either.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         manifest = Manifest(model=subject.name, placement=result.chain.placement.kind, method="benchmark")  # type: ignore[arg-type]
         export_onnx(result.deployed, input_size=result.input_size, path=path, manifest=manifest)
         batches = zip(subject.images.split(50), subject.labels.split(50), strict=True)
-        scores = score(predict({"onnxruntime": onnx_predictor(open_session(path))}, batches)).scores
-    return percent(scores["onnxruntime"].top1)
+        predictors = {
+            "float": torch_predictor(result.float_module),
+            "onnxruntime": onnx_predictor(open_session(path)),
+        }
+        predictions = predict(predictors, batches)
+    runtime = score(predictions).scores["onnxruntime"]
+    found, wanted = (predictions.logits[name].log_softmax(-1) for name in ("onnxruntime", "float"))
+    return {
+        "onnxruntime": percent(runtime.top1),
+        "agreement": percent(runtime.agreement["float"]),
+        "divergence": round(float(F.kl_div(found, wanted, reduction="batchmean", log_target=True)), 4),
+    }
 
 
 def measure(

@@ -11,7 +11,7 @@ from itertools import product
 from unittest.mock import patch
 
 import torch
-from common import Subject, mobilenet, onnx_top1
+from common import Subject, mobilenet, onnx_scores
 from data_free import stored_set
 from torch import Tensor
 
@@ -68,7 +68,7 @@ def measure(subject: Subject, scales: str, learned: str) -> None:
     ):
         joined = join_calibration_sets(real, made)
         result = pipeline.quantize(subject.model, joined, recipe=Recipe().override(_SETTINGS))
-    print(f"scales from {scales}, learned on {learned}: {onnx_top1(subject, result)}", flush=True)
+    print(f"scales from {scales}, learned on {learned}: {onnx_scores(subject, result)}", flush=True)
     for block, history in zip(result.chain.blocks, result.histories, strict=True):
         errors = ", ".join(f"{kind} {error:.4g}" for kind, error in history.losses.items())
         print(f"    {block.name}: {errors}", flush=True)

@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from common import Subject, is_recorded, onnx_top1, quantized, record, resnet20
+from common import Subject, is_recorded, onnx_scores, quantized, record, resnet20
 
 _COMMON = [
     "quantization.weight_bits=2",
@@ -62,7 +62,7 @@ def measure(subject: Subject, settings: list[str]) -> dict[str, Any]:
         "lower": mean(step["validation"] < step["validation_before"] for step in steps),
         "distance": [round(block["distance"], 4) for block in taught],
         "similarity": [round(block["similarity"], 3) for block in taught],
-        "onnxruntime": onnx_top1(subject, result),
+        **onnx_scores(subject, result),
     }
 
 

@@ -6,8 +6,8 @@ images (8 to 512 images, W2A2 and W2A4, 200 iterations, also with images made fr
 them), published (32 images, the second layer's input at 8 bits as in the published code), long (the same
 with 2 000 iterations), ablation (weights, preservation, inner steps, epsilon, fixed kinds), mobilenet (64 and
 512 images of 224 px, 60 iterations), mobilenet-128 (the same at 128 px with 200, and W2A4 with 2 000),
-mobilenet-long (at 224 px with 500, for a GPU). Finished runs are kept in benchmarks/results/metaaug.jsonl and
-not repeated.
+mobilenet-few (128 px, 32 images), mobilenet-long (at 224 px with 500, for a GPU). Finished runs are kept in
+benchmarks/results/metaaug.jsonl and not repeated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Subject, is_recorded, mobilenet, mobilenet_128, onnx_top1, quantized, record, resnet20
+from common import Subject, is_recorded, mobilenet, mobilenet_128, onnx_scores, quantized, record, resnet20
 from data_free import stored_set
 
 from metaaug_cli.calibration.data import join_calibration_sets, load_calibration_set, save_calibration_set
@@ -169,6 +169,16 @@ def mobilenet_128_keys() -> list[Key]:
     return four + [_key(variant, bits="w2a4", num=num, seed=0, iterations=_LONG) for num, variant in two]
 
 
+def mobilenet_few_keys() -> list[Key]:
+    """128 px and 32 images, the paper's hardest case: what is natural to the network, and what is learned."""
+    variants = ("genie", "flip+crop", "mixup", _POLICY_FEW, f"{_POLICY_FEW}, flip+crop on top", _SYNTHETIC_64)
+    return [
+        _key(variant, bits="w4a4", num=32, seed=seed, iterations=_SHORT)
+        for seed in range(3)
+        for variant in variants
+    ]
+
+
 ABLATION = {
     "policy, lambda 1 = 1": [_LEARNED, *_POLICY, "metaaug.val_weight=1"],
     "policy, lambda 1 = 25": [_LEARNED, *_POLICY, "metaaug.val_weight=25"],
@@ -196,7 +206,13 @@ MOBILENET_VARIANTS = {
     _PLAIN_64: ["augmentation.kind=none"],
     _POLICY_20: [_LEARNED, *_POLICY, "metaaug.steps=20", "augmentation.copies=2"],
 }
-_CHANGES = VARIANTS | ABLATION | MOBILENET_VARIANTS
+_POLICY_FEW = "policy, 10 outer steps"
+FEW_VARIANTS = {
+    "flip+crop": ["augmentation.kind=flip+crop"],
+    _POLICY_FEW: [_LEARNED, *_LARGE],
+    f"{_POLICY_FEW}, flip+crop on top": [f"{_LEARNED}+flip+crop", *_LARGE],
+}
+_CHANGES = VARIANTS | ABLATION | MOBILENET_VARIANTS | FEW_VARIANTS
 
 SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
     "main": (resnet20, main_table),
@@ -206,6 +222,7 @@ SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
     "ablation": (resnet20, ablation),
     "mobilenet": (mobilenet, mobilenet_keys),
     "mobilenet-128": (mobilenet_128, mobilenet_128_keys),
+    "mobilenet-few": (mobilenet_128, mobilenet_few_keys),
     "mobilenet-long": (mobilenet, mobilenet_long_keys),
 }
 
@@ -232,7 +249,7 @@ def measure(subject: Subject, key: Key) -> dict[str, Any]:
         seconds = time.monotonic() - started
     taught = [h.augmentation for h in result.histories if h.augmentation]
     return {
-        "onnxruntime": onnx_top1(subject, result),
+        **onnx_scores(subject, result),
         "images": len(subject.labels),
         "seconds": round(seconds, 1),
         "meta_seconds": round(sum(a["seconds"] for a in taught), 1),

@@ -214,6 +214,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "latency": tables_deployment.latency,
     "metaaug-main": tables_metaaug.main_table,
     "metaaug-images": tables_metaaug.images,
+    "metaaug-published": tables_metaaug.published,
     "metaaug-ablation": tables_metaaug.ablation,
     "metaaug-terms": tables_metaaug.terms,
     "metaaug-mobilenet": tables_metaaug.mobilenet,

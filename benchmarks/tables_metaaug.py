@@ -10,7 +10,8 @@ from statistics import mean, stdev
 from tables_common import Record, markdown, records, spread
 
 _BASE = "genie"
-_ITERATIONS, _SHORT = 500, 200
+_ITERATIONS, _SHORT, _LONG = 500, 200, 2_000
+_REAL_512 = "genie, 512 real images instead"
 _FIRST = {"bits": "w2a2", "num": 32, "iterations": _ITERATIONS}
 _SYNTHETIC = "genie, 256 synthetic images too"
 _PLAIN = "genie, 256 images from plain noise too"
@@ -33,18 +34,21 @@ _MAIN = (
 
 def _by_set(variant: str, **wanted: object) -> dict[int, Record]:
     found = [r for r in records("metaaug") if r["variant"] == variant and r["model"] == "resnet20"]
-    return {r["seed"]: r for r in found if all(r[k] == v for k, v in wanted.items())}
+    wanted = {"stem": None, **wanted}
+    return {r["seed"]: r for r in found if all(r.get(k) == v for k, v in wanted.items())}
 
 
-def paired(found: dict[int, Record], base: dict[int, Record]) -> str:
+def paired(
+    found: dict[int, Record], base: dict[int, Record], *, key: str = "onnxruntime", places: int = 2
+) -> str:
     """Mean difference on the same calibration sets, with its standard error and the number of sets."""
-    shared = sorted(set(found) & set(base))
-    gains = [found[s]["onnxruntime"] - base[s]["onnxruntime"] for s in shared]
+    shared = sorted(s for s in set(found) & set(base) if key in found[s] and key in base[s])
+    gains = [found[s][key] - base[s][key] for s in shared]
     if not gains:
         return ""
     if len(gains) == 1:
-        return f"{gains[0]:+.2f} (1)"
-    return f"{mean(gains):+.2f} ± {stdev(gains) / sqrt(len(gains)):.2f} ({len(gains)})"
+        return f"{gains[0]:+.{places}f} (1)"
+    return f"{mean(gains):+.{places}f} ± {stdev(gains) / sqrt(len(gains)):.{places}f} ({len(gains)})"
 
 
 def _rows(variants: Iterable[str], **wanted: object) -> list[list[str]]:
@@ -79,6 +83,28 @@ def main_table() -> str:
     return markdown(_HEADER, rows)
 
 
+def published() -> str:
+    """The published code's placement, two lengths."""
+    rows = []
+    for iterations in (_ITERATIONS, _LONG):
+        wanted = _FIRST | {"iterations": iterations, "stem": 8}
+        base = _by_set(_BASE, **wanted)
+        for variant in ("genie", "policy", "mixup", "pool", _SYNTHETIC, _REAL_512):
+            found = _by_set(variant, **wanted | ({"num": 512} if variant == _REAL_512 else {}))
+            if not found:
+                continue
+            top1 = spread([r["onnxruntime"] for r in found.values()])
+            gains = [paired(found, base), _divergence(found, base)] if variant != _BASE else ["", ""]
+            rows.append([str(iterations), variant, top1, *gains, str(len(found))])
+    return markdown(
+        ["iterations", "variant", "top-1", "minus genie", "KL from float, minus genie", "sets"], rows
+    )
+
+
+def _divergence(found: dict[int, Record], base: dict[int, Record]) -> str:
+    return paired(found, base, key="divergence", places=3)
+
+
 def ablation() -> str:
     """One change at a time."""
     changed = dict.fromkeys(r["variant"] for r in records("metaaug") if r["variant"] not in _MAIN)
@@ -96,12 +122,13 @@ def mobilenet() -> str:
     rows = []
     for shown, variants in groups.items():
         for variant, sets in variants.items():
-            gain = paired(sets, variants.get(_BASE, {})) if variant != _BASE else ""
+            base = variants.get(_BASE, {})
+            gains = [paired(sets, base), _divergence(sets, base)] if variant != _BASE else ["", ""]
             top1 = spread([r["onnxruntime"] for r in sets.values()])
             minutes = mean(r["seconds"] for r in sets.values()) / 60
-            rows.append([*shown, variant, top1, gain, str(len(sets)), f"{minutes:.0f}"])
-    header = ["side", "bits", "images", "iterations", "on", "variant", "top-1", "minus genie", "sets"]
-    return markdown([*header, "minutes"], rows)
+            rows.append([*shown, variant, top1, *gains, str(len(sets)), f"{minutes:.0f}"])
+    header = ["side", "bits", "images", "iterations", "on", "variant", "top-1", "minus genie"]
+    return markdown([*header, "KL from float, minus genie", "sets", "minutes"], rows)
 
 
 def _side(record: Record) -> str:
