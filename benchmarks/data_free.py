@@ -88,9 +88,18 @@ def mobilenet_keys() -> Iterator[Key]:
 
 
 def mobilenet_128_keys() -> Iterator[Key]:
-    """Where the images start from, at 4 bits with learning; then each idea removed, seed by seed."""
-    for kinds in (("real", "dgh", "dgh from plain noise"), tuple(ABLATIONS)):
-        keys = _keys(["w4a4"], ["integer"], [("genie", 60)], kinds, num=64)
+    """Where images start from, at 4 bits with learning; other cells; each idea removed; seed by seed."""
+    near, learned = ("nearest", 1), ("genie", 60)
+    cells = [
+        ("w4a4", "integer", learned, ("real", "dgh", "dgh from plain noise")),
+        ("w8a8", "integer", near, MAIN),
+        ("w8a8", "full", near, MAIN),
+        ("w4a4", "integer", learned, ("noise",)),
+        ("w4a4", "full", learned, MAIN),
+        ("w4a4", "integer", learned, tuple(ABLATIONS)),
+    ]
+    for bits, placement, method, kinds in cells:
+        keys = _keys([bits], [placement], [method], kinds, num=64)
         yield from sorted(keys, key=lambda key: key["seed"])
 
 
