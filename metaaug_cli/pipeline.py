@@ -17,13 +17,11 @@ from metaaug_cli.augmentation.learned import LearnedAugmentation
 from metaaug_cli.augmentation.warmup import WarmUp
 from metaaug_cli.calibration.data import CalibrationSet
 from metaaug_cli.deployment.deploy import deploy
-from metaaug_cli.deployment.simulation import IntegerSimulation
 from metaaug_cli.errors import MetaAugError, UsageError
 from metaaug_cli.graph.capture import export_program
 from metaaug_cli.graph.graph_tools import hash_graph
 from metaaug_cli.learning_images import LearningImages, gather_images
 from metaaug_cli.learning_images import Progress as ImageProgress
-from metaaug_cli.memory import peak_gpu_memory_mib, peak_memory_mib
 from metaaug_cli.networks.models import LoadedModel
 from metaaug_cli.prepare import (
     augmentation_kind,
@@ -50,13 +48,13 @@ from metaaug_cli.recipe.augment_kinds import learned_part
 from metaaug_cli.recipe.config import Recipe
 from metaaug_cli.runs.artifacts import RunDirectory
 from metaaug_cli.runs.augmentation_files import AugmentationFiles
+from metaaug_cli.runs.measured import run_metrics
 from metaaug_cli.runs.run_info import Fingerprint, RunInfo
 
 _logger = logging.getLogger(__name__)
 _SCALE_SEARCH_IMAGES = 64
 # Nothing makes synthetic images cause the logits of real ones: ResNet-20's reach 0.7 to 0.9 of the greatest.
 _SYNTHETIC_HEADROOM = 2.0
-_AGREEMENT_IMAGES, _AGREEMENT_BATCH = 128, 32
 
 
 class Progress(ImageProgress, Protocol):
@@ -168,7 +166,7 @@ def quantize(
         run.show()
     learned_from = run.walker.images[: run.walker.originals]
     deployed = deploy(chain.to(torch.device("cpu")))
-    metrics = _metrics(chain, histories, learned_from, deployed, time.monotonic() - started)
+    metrics = run_metrics(chain, histories, learned_from, deployed, time.monotonic() - started)
     if directory is not None:
         directory.finish(info, metrics)
     return QuantizedModel(chain.module, deployed, chain, histories, input_size, metrics)
@@ -359,33 +357,6 @@ def _run_info(
         device=device,
         command=command,
     )
-
-
-@torch.no_grad()
-def _metrics(
-    chain: Chain, histories: list[BlockHistory], images: Tensor, deployed: fx.GraphModule, seconds: float
-) -> dict[str, Any]:
-    """What a run measured of itself; the agreement is on images the network was fitted on."""
-    shown, simulation = images[:_AGREEMENT_IMAGES], IntegerSimulation(deployed)
-    same = [
-        (chain.module(part).argmax(-1) == simulation(part).argmax(-1)).float()
-        for part in shown.split(_AGREEMENT_BATCH)
-    ]
-    return {
-        "calibration_agreement": float(torch.cat(same).mean()),
-        "calibration_agreement_images": len(shown),
-        "seconds": round(seconds, 1),
-        "peak_memory_mib": peak_memory_mib(),
-        "peak_gpu_memory_mib": peak_gpu_memory_mib(),
-        "blocks": {
-            block.name: {
-                "loss_before": h.loss_before,
-                "loss_after": h.loss_after,
-                "seconds": round(h.seconds, 2),
-            }
-            for block, h in zip(chain.blocks, histories, strict=True)
-        },
-    }
 
 
 @contextmanager
