@@ -276,6 +276,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch")
     parser.add_argument("--part", default="0/1", help="K/N: every Nth key from the Kth, to share a suite")
     parser.add_argument("--only", action="append", metavar="VARIANT", help="leave the other variants out")
+    parser.add_argument("--seed", type=int, help="one calibration set only")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -283,6 +284,7 @@ def main() -> None:
     for name in arguments.suites:
         load, keys = SUITES[name]
         chosen = [key for key in keys() if not arguments.only or key["variant"] in arguments.only]
+        chosen = [key for key in chosen if arguments.seed in (None, key["seed"])]
         run(load(), chosen[part::parts])
 
 
