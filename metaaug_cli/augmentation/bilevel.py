@@ -183,8 +183,9 @@ class BiLevel:
         """
         mixed = mix(h_q, h_fp, self.inner.quant_prob, self.drops)
         outputs = functional_call(self.block.quantized_block, params, mixed)
-        computed = self.block.computed
-        loss = reconstruction_loss([outputs[i] for i in computed], [targets[i].detach() for i in computed])
+        found = [outputs[i] for i in self.block.computed]
+        wanted = [targets[i].detach() for i in self.block.computed]
+        loss = reconstruction_loss(found, wanted, self.block.channel_axes)
         inner = self.inner
         beta = annealed_beta(
             self.position,

@@ -167,21 +167,27 @@ def _factors(images: int, each: int, generator: torch.Generator) -> list[list[fl
 
 def _mixup(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image blended with another one, by a share uniform in 0 to 1 (MixUp: Zhang et al., ICLR 2018)."""
-    other = images[torch.randperm(len(images), generator=generator)]
+    other = images[_partners(len(images), generator)]
     share = torch.rand(len(images), 1, 1, 1, generator=generator)
     return share * images + (1 - share) * other
 
 
 def _cutmix(images: Tensor, generator: torch.Generator) -> Tensor:
     """A rectangle of another image, of an area share uniform in 0 to 1 (CutMix: Yun et al., ICCV 2019)."""
-    order = torch.randperm(len(images), generator=generator)
-    other = torch.empty_like(order)
-    other[order] = order.roll(1)  # one cycle through all images: none meets itself
+    other = _partners(len(images), generator)
     cutmix, no_labels = v2.CutMix(num_classes=1), torch.zeros(2, dtype=torch.int64)
     with drawing_from(generator):
         # torchvision draws one rectangle per batch, so each image gets a batch of two with its partner.
         pairs = [cutmix(images[[i, j]], no_labels)[0][0] for i, j in enumerate(other.tolist())]
     return torch.stack(pairs)
+
+
+def _partners(count: int, generator: torch.Generator) -> Tensor:
+    """Another image for each (count,): one cycle through all of them, so that none meets itself."""
+    order = torch.randperm(count, generator=generator)
+    other = torch.empty_like(order)
+    other[order] = order.roll(1)
+    return other
 
 
 OPERATIONS: dict[str, Operation] = {

@@ -23,6 +23,8 @@ from metaaug_cli.recipe.augment_kinds import NONE
 SHOWN_IMAGES = 8
 IDENTITY_SHARE = 0.02
 LEAST_SIMILARITY = 0.5
+# At the identity itself the margin's gradient is 0, and so is that of the mean squared preservation.
+_WAY_OUT = "only the validation term leads away from there: give metaaug.val_weight a value"
 _logger = logging.getLogger(__name__)
 
 
@@ -53,7 +55,7 @@ def distance_note(distance: float, epsilon: float) -> str | None:
         return None
     return (
         f"the augmenter has collapsed to the identity (distance {distance:.2g}, epsilon {epsilon:.2g}); "
-        "lower metaaug.preserve_weight or raise metaaug.margin_weight"
+        + ("lower metaaug.preserve_weight or raise metaaug.margin_weight" if distance else _WAY_OUT)
     )
 
 

@@ -80,12 +80,12 @@ class CalibrationSet:
     @property
     def holds_synthetic(self) -> bool:
         """Whether some of the images were made from a network."""
-        return SYNTHETIC_ORIGIN in self.origin
+        return not bool(self.is_real.all())
 
     @property
     def is_real(self) -> Tensor:
         """Which of the images (N,) were not made from a network."""
-        if not self.holds_synthetic:
+        if SYNTHETIC_ORIGIN not in self.origin:
             return torch.ones(len(self.images), dtype=torch.bool)
         return torch.tensor([not source.startswith(SYNTHETIC_SOURCE) for source in self.sources])
 

@@ -94,7 +94,7 @@ def collect(
     done = 0
     for batch in images.split(size):
         output, inputs, _ = module(batch)
-        flat = [x.float().flatten(2) if x.dim() > 2 else x.float().unsqueeze(2) for x in inputs]
+        flat = [_positions_last(x.float(), len(batch)) for x in inputs]
         means.append([x.mean(2) for x in flat])
         seconds.append([x.square().mean(2) for x in flat])
         outputs.append(output.float() if output is not None else torch.empty(len(batch), 0))
@@ -108,6 +108,13 @@ def collect(
             hint="their pixels may be far out of range: metaaug calibrate inspect SET, without --model",
         )
     return found
+
+
+def _positions_last(x: Tensor, images: int) -> Tensor:
+    """A batch norm's input as (N, C, positions), also where it has the tokens of all images as its rows."""
+    if x.dim() > 2:
+        return x.flatten(2)
+    return x.view(images, -1, x.shape[1]).mT
 
 
 def until(probe: BatchNormProbe, count: int) -> fx.GraphModule:

@@ -195,7 +195,7 @@ def _split(nodes: list[fx.Node], limit: int, liveness: _Liveness) -> list[list[f
         if (
             at_bound
             and _starts_layer(node, nodes, limit)
-            and result[-1]
+            and any(map(_is_layer, result[-1]))
             and liveness.can_cut(liveness.position[node] - 1)
         ):
             result.append([])

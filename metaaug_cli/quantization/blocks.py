@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from metaaug_cli.graph.channels import channel_axis
 from metaaug_cli.graph.graph_tools import attribute, register_buffer
 from metaaug_cli.graph.ops import Role, aten, is_activation, role
 from metaaug_cli.graph.placement import Placement
@@ -23,7 +24,8 @@ class Block:
     """One block of the chain.
 
     ``float_block`` and ``quantized_block`` take the stage's input tensors (N, …) and return a tuple with its
-    outputs. ``weights`` and ``activations`` are the quantizers this block owns, by name.
+    outputs. ``weights`` and ``activations`` are the quantizers this block owns, by name. ``computed`` are the
+    outputs that it makes itself, and ``channel_axes`` the dimension of the channels in each of those.
     """
 
     index: int
@@ -34,6 +36,7 @@ class Block:
     weights: dict[str, WeightQuantizer]
     activations: dict[str, ActivationQuantizer]
     computed: tuple[int, ...]
+    channel_axes: tuple[int, ...]
     is_edge: bool = False
 
     def state(self) -> dict[str, Tensor]:
@@ -122,7 +125,18 @@ def _build_block(chain: Chain, stage: Stage, index: int, applied: set[fx.Node]) 
         specs.weights[n].is_first or specs.weights[n].is_last for n in stage.nodes if n in specs.weights
     )
     computed = tuple(i for i, out in enumerate(stage.outputs) if out in stage.nodes)
-    return Block(index, stage.name, stage, float_block, quantized_block, weights, activations, computed, edge)
+    return Block(
+        index,
+        stage.name,
+        stage,
+        float_block,
+        quantized_block,
+        weights,
+        activations,
+        computed,
+        tuple(channel_axis(stage.outputs[i]) for i in computed),
+        edge,
+    )
 
 
 class _Builder:

@@ -47,14 +47,15 @@ def drop_fake_quantize(
     return result
 
 
-def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+def squared_error(outputs: Tensor, targets: Tensor, axis: int) -> Tensor:
     """Squared error summed over channels, averaged over batch and positions (BRECQ, ICLR 2021, eq. 10).
 
     Args:
-        outputs: (N, C, …) of the quantized block; the gradient goes to them alone.
+        outputs: (N, …) of the quantized block; the gradient goes to them alone.
         targets: Same shape.
+        axis: The dimension of the channels.
     """
-    result = _SquaredError.apply(outputs, targets)
+    result = _SquaredError.apply(outputs, targets, axis)
     assert isinstance(result, Tensor)
     return result
 
@@ -120,7 +121,7 @@ def _write_slopes(out: Tensor, scaled: Tensor, rounded: Tensor, codes: Tensor, m
 
 class _SquaredError(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, outputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, outputs: Tensor, targets: Tensor, axis: int) -> Tensor:
         ctx.layout = layout = Layout.of(outputs)
         found, wanted = layout.flat(outputs), layout.flat(targets)
         difference = torch.empty_like(found)
@@ -129,14 +130,14 @@ class _SquaredError(torch.autograd.Function):
             part = torch.sub(found[piece], wanted[piece], out=difference[piece])
             sums.append(torch.dot(part, part))
         ctx.save_for_backward(difference)
-        ctx.terms = outputs.numel() // outputs.shape[1]
+        ctx.terms = outputs.numel() // outputs.shape[axis]
         return torch.stack(sums).sum() / ctx.terms
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (difference,) = ctx.saved_tensors
-        return ctx.layout.shaped(difference * (2.0 * grad / ctx.terms)), None
+        return ctx.layout.shaped(difference * (2.0 * grad / ctx.terms)), None, None
 
 
 def _pieces(flat: Tensor) -> Iterator[slice]:

@@ -12,14 +12,16 @@ _TEMPERATURE = 4.0
 _SMALLEST = 1e-12
 
 
-def reconstruction_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+def reconstruction_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], axes: Sequence[int]) -> Tensor:
     """Squared error summed over channels, averaged over batch and positions (BRECQ, ICLR 2021, eq. 10).
 
     Args:
-        outputs: Tensors (N, C, …) of the quantized block.
+        outputs: Tensors (N, …) of the quantized block.
         targets: The full-precision block's, same shapes.
+        axes: The dimension of the channels in each: 1 behind a convolution, the last behind a linear layer.
     """
-    return torch.stack([(o - t).square().sum(1).mean() for o, t in zip(outputs, targets, strict=True)]).sum()
+    each = zip(outputs, targets, axes, strict=True)
+    return torch.stack([(o - t).square().sum(axis).mean() for o, t, axis in each]).sum()
 
 
 def rounding_regularizer(softs: Sequence[Tensor], beta: float | Tensor) -> Tensor:

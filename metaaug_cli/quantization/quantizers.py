@@ -20,6 +20,7 @@ _STEP_PRIME = 2_654_435_761  # near 2^32 over the golden ratio, which spreads it
 _CONTAINER_BITS = 8
 _LEAST_ACTIVATION_SCALE = 1e-6
 _LEAST_RELATIVE_SCALE = 2.0**-14
+_VANISHING, _DEAD_SCALE = 1e-6, 1e-3
 
 
 def learned_scale(base: Tensor, relative: Tensor, *, power_of_two: bool) -> Tensor:
@@ -64,6 +65,8 @@ class WeightQuantizer(nn.Module):
             zero_point = torch.full_like(zero_point, 2 ** (bits - 1))
         # A dead channel's scale near 0 would push its bias code past int32.
         scale = torch.maximum(scale, scale.max() * _LEAST_RELATIVE_SCALE)
+        if float(largest.max()) < _VANISHING:  # a dead layer: its codes are 0 on any grid
+            scale = torch.full_like(scale, _DEAD_SCALE)
         per_channel = (-1, *[1] * (weight.dim() - 1))
         scaled = weight.detach() / scale.view(per_channel)
         self.register_buffer("base", torch.floor(scaled))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaaug_cli.errors import InputError
+from metaaug_cli.errors import InputError, MetaAugError
 from metaaug_cli.quantization.blocks import Block
 from metaaug_cli.quantization.cache import BlockData, Values
 from metaaug_cli.quantization.drops import drop_mask
@@ -25,6 +25,7 @@ _LARGEST_RATE_FACTOR = 25.0
 LEAST_LEARNED_FACTOR = 0.05
 _CURVE_POINTS = 100
 PROBE_IMAGES = 256
+_CHUNK = 64
 
 Tick = Callable[[int, int], None]
 
@@ -100,38 +101,59 @@ def reconstruct_block(
         Losses before (searched scales, nearest rounding) and after, on up to 256 images, and the curve.
 
     Raises:
-        InputError: The block gives NaN or infinite values for some of the images.
+        InputError: The full-precision block gives NaN or infinite values for some of the images.
+        MetaAugError: Learning this block or one before it ended in such values.
     """
     started = time.monotonic()
     probe = torch.arange(min(len(data), PROBE_IMAGES))
     before = probe_loss(block, data, probe)
     if not math.isfinite(before):
-        raise InputError(
-            f"block {block.name}: NaN or infinite values for some of the images",
-            hint="leave those images out, or check the weights and how images are prepared (--mean, --std)",
-        )
+        raise _not_finite(block, data, probe)
     if schedule.iterations == 0:
         return BlockHistory(before, before, time.monotonic() - started)
     learner = BlockLearner(block, data, schedule, generator)
     with training(block, schedule.quant_prob, learner.drops):
         curve = learner.run(tick)
     after = probe_loss(block, data, probe)
+    if not math.isfinite(after):
+        raise _diverged(block)
     return BlockHistory(before, after, time.monotonic() - started, curve)
 
 
+def _not_finite(block: Block, data: BlockData, indices: Tensor) -> MetaAugError:
+    """Whose fault it is that a block is given or gives NaN: the images', or that of blocks learned before."""
+    for part in indices.split(_CHUNK):
+        if not all(bool(t.isfinite().all()) for t in data.batch(part)[2]):
+            return InputError(
+                f"block {block.name}: NaN or infinite values for some of the images",
+                hint="leave those images out, or check the weights and how images are prepared "
+                "(--mean, --std)",
+            )
+    return _diverged(block)
+
+
+def _diverged(block: Block) -> MetaAugError:
+    return MetaAugError(
+        f"block {block.name}: learning ended in NaN or infinite values, here or in a block before it",
+        hint="lower the learning rates (--set reconstruction.lr_scale=1) and start afresh with another --out",
+    )
+
+
 @torch.no_grad()
-def probe_loss(block: Block, data: BlockData, indices: Tensor, chunk: int = 64) -> float:
+def probe_loss(block: Block, data: BlockData, indices: Tensor, chunk: int = _CHUNK) -> float:
     """Reconstruction loss of the block as deployed (hard rounding, no dropping) on some images."""
     total = 0.0
     for part in indices.split(chunk):
         _, h_q, targets = data.batch(part)
         outputs = block.quantized_block(*h_q)
-        total += float(_loss([outputs[i] for i in block.computed], targets)) * len(part)
+        found = [outputs[i] for i in block.computed]
+        total += float(_loss(found, targets, block.channel_axes)) * len(part)
     return total / len(indices)
 
 
-def _loss(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    return torch.stack([squared_error(o, t) for o, t in zip(outputs, targets, strict=True)]).sum()
+def _loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], axes: Sequence[int]) -> Tensor:
+    each = zip(outputs, targets, axes, strict=True)
+    return torch.stack([squared_error(output, target, axis) for output, target, axis in each]).sum()
 
 
 def mix(quantized: Values, full_precision: Values, quant_prob: float, generator: torch.Generator) -> Values:
@@ -252,7 +274,8 @@ class BlockLearner:
         pressure: float | Tensor,
     ) -> Tensor:
         outputs = self.block.quantized_block(*mix(h_q, h_fp, self.schedule.quant_prob, self.drops))
-        loss = reconstruction = _loss([outputs[i] for i in self.block.computed], targets)
+        found = [outputs[i] for i in self.block.computed]
+        loss = reconstruction = _loss(found, targets, self.block.channel_axes)
         if beta is not None:
             softs = [q.rounding() for q in self.block.weights.values()]
             loss = reconstruction + pressure * rounding_regularizer(softs, beta)

@@ -192,7 +192,7 @@ class Reconstruction(Section):
         default=0.2, description="Share of the iterations before the regulariser starts."
     )
     beta_start: Positive = Field(default=20.0, description="Exponent of the regulariser when it starts.")
-    beta_end: Positive = Field(default=2.0, description="Exponent of the regulariser at the last iteration.")
+    beta_end: Positive = Field(default=2.0, description="Exponent that it falls to.")
     scale_norm: Positive = Field(
         default=2.4, description="Exponent of the error that the scale search minimises."
     )

@@ -8,7 +8,12 @@ from networks import SIZE, conv_bn, trained
 from torch import nn
 
 from metaaug_cli import learning_images as module
-from metaaug_cli.calibration.data import join_calibration_sets, make_calibration_set
+from metaaug_cli.calibration.data import (
+    join_calibration_sets,
+    load_calibration_set,
+    make_calibration_set,
+    save_calibration_set,
+)
 from metaaug_cli.errors import InputError, RecipeError
 from metaaug_cli.learning_images import gather_images
 from metaaug_cli.networks.models import LoadedModel
@@ -59,10 +64,13 @@ def test_every_real_image_is_learned_from_or_held_back():
     assert images()[0].originals.equal(REAL.images)
 
 
-def test_of_a_mixed_set_only_real_images_are_held_back(quick):
+def test_of_a_mixed_set_only_real_images_are_held_back(quick, tmp_path):
     made = synthesize_calibration_set(network(batch_norm=True), SynthesisSettings(num=4, iterations=2))
     mixed = join_calibration_sets(REAL, made)
     assert mixed.is_real.tolist() == [True] * 6 + [False] * 4
+    save_calibration_set(mixed, tmp_path / "mixed.safetensors")
+    first, most = (load_calibration_set(tmp_path / "mixed.safetensors", num=n) for n in (6, 7))
+    assert (first.holds_synthetic, most.holds_synthetic) == (False, True)
     recipe = Recipe().override(["calibration.holdout=5", "seed=2"])
     found = gather_images(network(batch_norm=True), mixed, recipe, CPU, Told())
     assert all(any(torch.equal(image, real) for real in REAL.images) for image in found.held_back)

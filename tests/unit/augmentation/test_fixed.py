@@ -193,6 +193,13 @@ def test_cutmix_takes_a_rectangle_from_one_other_image():
     assert max(shares) > 0.6
 
 
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_mixup_partners_are_never_the_image_itself(count):
+    images = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    for seed in range(30):
+        assert (changed(images, "mixup", seed=seed) != images).flatten(1).any(1).all()
+
+
 def test_cutmix_partners_are_never_the_image_itself():
     values = torch.arange(4) / 4
     images = values.view(4, 1, 1, 1).expand(4, 3, 32, 32).contiguous()

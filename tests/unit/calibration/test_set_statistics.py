@@ -50,6 +50,28 @@ def test_moments_per_image_average_to_those_of_the_set(probe):
         assert torch.allclose(second.mean(0), moments.second, rtol=1e-4, atol=1e-5)
 
 
+class _Tokens(nn.Module):
+    """A batch norm over the tokens of all images in one dimension, as LeViT has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.norm, self.head = nn.Conv2d(3, 4, 2, 2), nn.BatchNorm1d(4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        tokens = self.patch(x).flatten(2).transpose(1, 2)
+        return self.head(self.norm(tokens.flatten(0, 1)).reshape_as(tokens).relu().mean(1))
+
+
+def test_tokens_of_all_images_in_one_dimension_belong_to_their_images():
+    network = trained(_Tokens())
+    probe, batch = batch_norm_probe(network, SIZE), images(7)
+    found = collect(probe.module, batch)
+    tokens = network.patch(batch).flatten(2)
+    torch.testing.assert_close(found.means[0], tokens.mean(2))
+    torch.testing.assert_close(found.seconds[0], tokens.square().mean(2))
+    assert len(distance_to_stored(found, probe.layers).layers) == 1
+
+
 def test_the_first_layers_alone_see_the_same(probe):
     batch = images(5)
     whole, part = collect(probe.module, batch), collect(until(probe, 2), batch)

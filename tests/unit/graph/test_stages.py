@@ -147,6 +147,27 @@ class Branches(nn.Module):
         )
 
 
+class Windows(nn.Module):
+    """A residual whose branch works on windows, which no cut can pass, and then on whole images."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.other = nn.Conv2d(3, 8, 1), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.wide, self.narrow, self.head = nn.Linear(512, 16), nn.Linear(16, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = x.permute(0, 2, 3, 1).reshape(-1, 2, 4, 2, 4, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 8)
+        y = self.other(F.relu(self.one(y))).reshape(-1, 2, 2, 4, 4, 8).permute(0, 1, 3, 2, 4, 5)
+        y = self.narrow(F.relu(self.wide(y.reshape(-1, 512))))
+        return self.head(F.relu(x.mean((2, 3)) + y))
+
+
+@pytest.mark.parametrize("options", [{"granularity": "layer"}, {"max_layers": 1}, {"max_layers": 2}])
+def test_every_piece_of_a_split_block_has_a_layer(options):
+    assert all(stage.layers for stage in cut(Windows(), **options))
+
+
 def test_parallel_branches_are_one_block():
     assert layers_of(cut(Branches())) == [["stem"], ["a", "b1", "b2"], ["head"]]
 

@@ -86,15 +86,17 @@ def test_nothing_is_worked_out_for_a_gradient_where_none_is_recorded(monkeypatch
 
 @pytest.mark.parametrize("shape", [(4, 3, 5, 6), (4, 9), (4, 9, 5)])
 @pytest.mark.parametrize("turn", [False, True])
-def test_squared_error_is_the_reconstruction_loss(shape, turn):
+@pytest.mark.parametrize("last", [False, True])
+def test_squared_error_is_the_reconstruction_loss(shape, turn, last):
     generator = torch.Generator().manual_seed(1)
     outputs, targets = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     outputs = (fast_layout(outputs) if turn else outputs).requires_grad_()
-    ours = fused.squared_error(outputs, targets)
-    reference = losses.reconstruction_loss([outputs], [targets])
+    axis = len(shape) - 1 if last else 1
+    ours = fused.squared_error(outputs, targets, axis)
+    reference = losses.reconstruction_loss([outputs], [targets], [axis])
     torch.testing.assert_close(ours, reference)
     # hand formula: mean over images and positions of the sum over channels
-    terms = ((outputs - targets) ** 2).sum().item() / (outputs.numel() / shape[1])
+    terms = ((outputs - targets) ** 2).sum().item() / (outputs.numel() / shape[axis])
     assert ours.item() == pytest.approx(terms)
     gradients = [torch.autograd.grad(3 * loss, outputs)[0] for loss in (ours, reference)]
     torch.testing.assert_close(*gradients)

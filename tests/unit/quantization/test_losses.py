@@ -19,27 +19,37 @@ def test_reconstruction_sums_channels_and_averages_batch_and_positions():
         for h in range(5):
             for w in range(2):
                 total += sum(float(a[n, c, h, w] - b[n, c, h, w]) ** 2 for c in range(4))
-    assert float(reconstruction_loss([a], [b])) == pytest.approx(total / (3 * 5 * 2), rel=1e-5)
+    assert float(reconstruction_loss([a], [b], [1])) == pytest.approx(total / (3 * 5 * 2), rel=1e-5)
+
+
+def test_channels_may_come_last():
+    tokens, target = torch.randn(2, 3, 7, 5, generator=torch.Generator().manual_seed(0))
+    found = reconstruction_loss([tokens], [target], [2])
+    torch.testing.assert_close(found, reconstruction_loss([tokens.mT], [target.mT], [1]))
+    assert float(found) == pytest.approx(float((tokens - target).square().sum()) / (3 * 7), rel=1e-5)
 
 
 def test_reconstruction_of_several_outputs_is_their_sum():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 6, 4, generator=generator)
     c, d = torch.randn(2, 6, 4, 3, 3, generator=generator)
-    together = reconstruction_loss([a, c], [b, d])
-    torch.testing.assert_close(together, reconstruction_loss([a], [b]) + reconstruction_loss([c], [d]))
-    assert float(reconstruction_loss([a], [b])) == pytest.approx(float((a - b).norm() ** 2) / 6, rel=1e-5)
+    together = reconstruction_loss([a, c], [b, d], [1, 1])
+    one, other = reconstruction_loss([a], [b], [1]), reconstruction_loss([c], [d], [1])
+    torch.testing.assert_close(together, one + other)
+    assert float(reconstruction_loss([a], [b], [1])) == pytest.approx(
+        float((a - b).norm() ** 2) / 6, rel=1e-5
+    )
 
 
 def test_reconstruction_refuses_outputs_without_a_target():
     with pytest.raises(ValueError, match="zip"):
-        reconstruction_loss([torch.ones(2, 2)], [torch.ones(2, 2), torch.ones(2, 2)])
+        reconstruction_loss([torch.ones(2, 2)], [torch.ones(2, 2), torch.ones(2, 2)], [1])
 
 
 def test_reconstruction_gradient():
     x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     target = torch.zeros(2, 3, 2, 2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: reconstruction_loss([x], [target]), x)
+    assert torch.autograd.gradcheck(lambda x: reconstruction_loss([x], [target], [1]), x)
 
 
 @given(

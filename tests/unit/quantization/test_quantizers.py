@@ -94,6 +94,15 @@ def test_dead_channels_keep_a_scale_whose_bias_fits_int32():
     assert float(quantizer()[2].detach().abs().max()) == 0.0
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-10, -1e-10])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_dead_layer_keeps_scales_whose_bias_fits_int32(value, symmetric, bits):
+    quantizer = WeightQuantizer(torch.full((4, 9), value), bits, symmetric=symmetric)
+    assert float(quantizer.scale.detach().min()) >= 1e-4
+    assert float(quantizer().detach().abs().max()) == 0.0
+
+
 @pytest.mark.parametrize("soft", [True, False])
 def test_gradients_reach_rounding_and_scale(soft):
     quantizer = WeightQuantizer(random_weight((3, 4)).double(), 4, symmetric=False).double()

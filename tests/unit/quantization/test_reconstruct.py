@@ -6,7 +6,7 @@ import pytest
 import torch
 from networks import family, images, placed
 
-from metaaug_cli.errors import InputError
+from metaaug_cli.errors import InputError, MetaAugError
 from metaaug_cli.graph.placement import Bits
 from metaaug_cli.quantization.blocks import build_chain, search_activation_scales
 from metaaug_cli.quantization.cache import BlockData, Stream
@@ -209,6 +209,23 @@ def test_images_that_end_in_nan_are_refused_before_anything_is_learned():
         reconstruct_block(block, data, Schedule(iterations=5), generator=torch.Generator())
     for key, value in block.quantized_block.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+def test_a_diverged_prefix_is_not_blamed_on_the_images():
+    block, data = residual_block()
+    (h_q,) = data.quantized_stream.stored
+    h_q[3] = math.inf
+    with pytest.raises(MetaAugError, match=r"layer1\.0: learning ended in NaN") as caught:
+        reconstruct_block(block, data, Schedule(iterations=5), generator=torch.Generator())
+    assert caught.value.exit_code == 3
+    assert "lr_scale" in caught.value.hint
+
+
+def test_a_block_that_diverges_is_not_kept():
+    block, data = residual_block()
+    wild = Schedule(iterations=5, weight_scale_lr=1e30, rate_factor=1e6)
+    with pytest.raises(MetaAugError, match=r"layer1\.0: learning ended in NaN"):
+        reconstruct_block(block, data, wild, generator=torch.Generator())
 
 
 def test_an_error_inside_a_step_leaves_the_block_usable():
