@@ -1,14 +1,21 @@
-"""The C allocator's settings for long CPU runs, and the most memory that a process has held."""
+"""Memory: the C allocator's settings for long CPU runs, what is left to take, and the most that was held."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT = 1 << 30
+_UNKNOWN_FREE = 8 << 30
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""By the folder below which a kernel's memory groups lie (version 2, version 1): limit, use, cache in use."""
 
 
 def keep_freed_memory() -> bool:
@@ -27,6 +34,51 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def free_memory_bytes(system: Path = Path("/")) -> int:
+    """Bytes that this process can still take: what is free, or what its container (cgroup) has left.
+
+    Args:
+        system: Where ``proc`` and ``sys`` are.
+    """
+    free = [_UNKNOWN_FREE]
+    try:
+        lines = (system / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")] or free
+    except (OSError, ValueError):
+        pass
+    return max(0, min(free + _left_in_groups(system)))
+
+
+def _left_in_groups(system: Path) -> list[int]:
+    """What each memory group of the process, and each that holds it, has left below its limit."""
+    try:
+        groups = (system / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    left = []
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        kind = "memory" if "memory" in controllers.split(",") else ""
+        if controllers and not kind:
+            continue
+        root = system / "sys/fs/cgroup" / kind
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(root) and (room := _left_in(folder, *_GROUP_FILES[kind])) is not None:
+                left.append(room)
+    return left
+
+
+def _left_in(folder: Path, limit: str, used: str, cached: str) -> int | None:
+    """Limit less use, which counts files in memory that the kernel drops on demand; None without a limit."""
+    try:
+        most, taken = (int((folder / name).read_text(encoding="ascii")) for name in (limit, used))
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        return most - taken + int(dict(line.split() for line in lines).get(cached, 0))
+    except (OSError, ValueError):  # no such group, or the word "max"
+        return None
 
 
 def peak_memory_mib() -> int | None:

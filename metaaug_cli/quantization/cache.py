@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metaaug_cli.graph.stages import Stage, value_bytes
 from metaaug_cli.layout import Layout
+from metaaug_cli.memory import free_memory_bytes
 
 _CHUNK = 64
 _DEFAULT_SHARE = 0.5
@@ -54,7 +55,7 @@ class Budget:
 
 def default_budget(device: torch.device, cache_gb: float | None) -> Budget:
     """Half of the free memory of the device and of the host, or ``cache_gb`` GiB for both together."""
-    host = _free_host_bytes()
+    host = free_memory_bytes()
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if cache_gb is None:
@@ -66,19 +67,15 @@ def default_budget(device: torch.device, cache_gb: float | None) -> Budget:
     return Budget(device, total, 0)
 
 
-def _free_host_bytes() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 8 * 2**30
-
-
 def stage_bytes(stage: Stage, images: int) -> int:
-    """Bytes of a block's two inputs and its target for ``images`` images."""
+    """Bytes that a block takes at once for ``images`` images.
+
+    That is both inputs and the target while it learns, and the quantized input and both outputs when the
+    images leave it.
+    """
     inputs = sum(map(value_bytes, stage.inputs))
     outputs = sum(map(value_bytes, stage.outputs))
-    return images * (2 * inputs + outputs)
+    return images * max(2 * inputs + outputs, inputs + 2 * outputs)
 
 
 class Stream:
@@ -194,6 +191,8 @@ class BlockData:
         if copies == 0:
             return torch.randint(len(self), (count,), generator=generator)
         from_copies = count // 2
+        if count % 2:
+            from_copies += int(torch.randint(2, (), generator=generator))
         return torch.cat(
             [
                 torch.randint(len(self), (count - from_copies,), generator=generator),
