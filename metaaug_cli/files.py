@@ -24,20 +24,31 @@ def require_writable(path: Path) -> None:
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file by replacing it in one step; text is UTF-8.
 
+    A link's target is replaced, not the link; what is no regular file (a pipe, ``/dev/stdout``) is written
+    to.
+
     Raises:
         InputError: The folder does not exist or may not be written.
     """
     data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = path.resolve() if path.is_symlink() else path
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        if _is_device(path):
+            path.write_bytes(data)
+            return
         temporary.write_bytes(data)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as exc:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise InputError(
             f"cannot write {path}: {exc.strerror}", hint="name a file in a folder that exists and is writable"
         ) from exc
+
+
+def _is_device(path: Path) -> bool:
+    return path.exists() and (not path.is_file() or path.absolute().is_relative_to("/dev"))
 
 
 def cache_directory() -> Path | None:

@@ -91,6 +91,8 @@ class Console:
 
     def __init__(self, *, quiet: bool = False, json: bool | str | None = False) -> None:
         self.quiet = quiet
+        if json == "":
+            raise UsageError("--json= names no file", hint="--json FILE.json, or --json alone for stdout")
         self._json_path = Path(json) if isinstance(json, str) and json != "-" else None
         if self._json_path is not None and not self._json_path.parent.is_dir():
             raise UsageError(

@@ -29,7 +29,7 @@ from metaaug_cli.cli.options import (
     model_options,
 )
 from metaaug_cli.errors import InputError, UsageError
-from metaaug_cli.files import write_atomically
+from metaaug_cli.files import require_writable, write_atomically
 
 if TYPE_CHECKING:
     from metaaug_cli.calibration.data import ImageFolder
@@ -242,6 +242,7 @@ def _check_junit(junit: Path, json: str | None) -> None:
             f"--junit {junit}: there is no folder {junit.parent}",
             hint="name a file in a folder that exists and is writable",
         )
+    require_writable(junit)
     if json is not None and Path(json).absolute() == junit.absolute():
         raise UsageError(f"--json and --junit both name {junit}", hint="give them a file each")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -129,12 +130,21 @@ SeedOpt = Annotated[
 DeviceOpt = Annotated[
     str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.", rich_help_panel=RUN_PANEL)
 ]
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number of GiB")
+    return value
+
+
 CacheOpt = Annotated[
     float | None,
     typer.Option(
         "--cache-gb",
         metavar="GIB",
         min=0,
+        callback=_finite,
         help="Activations to keep; default half of the free memory. Beyond it they are recomputed.",
         rich_help_panel=RUN_PANEL,
     ),

@@ -50,6 +50,8 @@ PASSTHROUGH = {
     aten.channel_shuffle.default,
 }
 
+_SOFTMAXES = {aten.softmax.int, aten._softmax.default}
+
 COMPUTE = {
     aten.add.Tensor,
     aten.mul.Tensor,
@@ -128,10 +130,23 @@ def is_global_pool(node: fx.Node) -> bool:
 
 
 def _only_activations(node: fx.Node) -> bool:
-    """Integer kernels take quantized tensors only: a constant or scalar operand keeps the op in float."""
+    """Integer kernels take quantized tensors only: a constant, a scalar or a mask keeps the op in float."""
     if node.target in (aten.add.Tensor, aten.mul.Tensor):
         operands = node.args[:2]
-        return not node.kwargs and all(isinstance(a, fx.Node) and is_activation(a) for a in operands)
+        return not node.kwargs and all(isinstance(a, fx.Node) and _has_grid(a) for a in operands)
     if node.target == aten.cat.default:
-        return all(is_activation(n) for n in node.all_input_nodes)
+        return all(map(_has_grid, node.all_input_nodes))
     return True
+
+
+def _has_grid(node: fx.Node) -> bool:
+    """Whether a node's values can be codes: masks and indices have no grid.
+
+    A softmax gets none either: between two grids ONNX Runtime would run it from a table of its own, in
+    arithmetic that nobody documents.
+    """
+    made = node
+    while made.target in PASSTHROUGH and len(tensor_inputs(made)) == 1:
+        made = tensor_inputs(made)[0]
+    is_real = is_activation(node) and bool(node.meta["val"].dtype.is_floating_point)
+    return is_real and made.target not in _SOFTMAXES

@@ -137,7 +137,7 @@ class Preprocessing:
             height, width = (int(side) for side in values["size"])
             mean = tuple(float(value) for value in values["mean"])
             std = tuple(float(value) for value in values["std"])
-        except (TypeError, ValueError) as exc:
+        except (TypeError, ValueError, OverflowError) as exc:
             raise InputError(f"stored preprocessing is not valid: {exc}") from exc
         return cls((height, width), values["resize"], str(values["interpolation"]), mean, std)
 

@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from metaaug_cli.quantization.blocks import Block
 from metaaug_cli.quantization.reconstruct import BlockHistory
 from metaaug_cli.recipe.config import Recipe, load_recipe
 from metaaug_cli.runs.environment import environment
-from metaaug_cli.runs.run_info import RunInfo, changes_of_inputs, changes_of_machine
+from metaaug_cli.runs.run_info import Fingerprint, RunInfo, changes_of_inputs, changes_of_machine
 
 SCHEMA_VERSION = 1
 RUN_FILE, RECIPE_FILE, FLOAT_FILE, METRICS_FILE, LOG_FILE, ONNX_FILE = (
@@ -252,7 +252,7 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
     path = run_dir / METRICS_FILE
     try:
         metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _logger.warning("cannot read %s: %s", path, error)
         return {}
     return metrics if isinstance(metrics, dict) else {}
@@ -292,6 +292,8 @@ def read_info(run_dir: Path) -> dict[str, Any]:
             hint="use the release of metaaug that wrote the run",
         )
     wrong = sorted(key for key, kind in _RUN_KEYS.items() if not isinstance(info.get(key), kind))
+    if "fingerprint" not in wrong and not {f.name for f in fields(Fingerprint)} <= set(info["fingerprint"]):
+        wrong = sorted({*wrong, "fingerprint"})
     if wrong:
         raise InputError(
             f"{path} is damaged: {', '.join(wrong)} missing or of another kind",

@@ -103,12 +103,16 @@ class RuntimeCodes:
     Args:
         path: A QDQ file; session options that its manifest asks for are used.
         threads: ONNX Runtime's threads.
+
+    ``batch`` is the number of images that the file asks for, None where any will do.
     """
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         self.model = onnx.load(path)
         self.disturbance = 0.0
         self._input = self.model.graph.input[0].name
+        sizes = self.model.graph.input[0].type.tensor_type.shape.dim
+        self.batch = sizes[0].dim_value or None if sizes else None
         self._output = self.model.graph.output[0].name
         manifest = read_manifest(self.model)
         options = manifest.packing.session_options if manifest else {}
@@ -120,12 +124,20 @@ class RuntimeCodes:
         self._visible = open_session(visible, threads=threads, options=options)
 
     def run(self, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Logits, and codes by quantizer name, of a batch of images (N, C, H, W)."""
+        """Logits, and codes by quantizer name, of a batch of images (N, C, H, W).
+
+        N is at most ``batch`` where the file fixes that.
+        """
+        count, missing = len(images), max((self.batch or 0) - len(images), 0)
+        if missing:
+            images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
         feed = {self._input: images}
         logits, *codes = self._visible.run([self._output, *self._visible_names], feed)
         (plain,) = self._plain.run([self._output], feed)
         self.disturbance = max(self.disturbance, float(np.abs(plain - logits).max(initial=0)))
-        return plain, {t.name: c for t, c in zip(self.tensors, codes, strict=True)}
+        # rows are images, or tokens of images in order
+        kept = [c[: len(c) * count // len(images)] for c in (plain, *codes)]
+        return kept[0], {t.name: c for t, c in zip(self.tensors, kept[1:], strict=True)}
 
 
 def _with_visible_codes(model: onnx.ModelProto, tensors: Iterable[CodeTensor]) -> tuple[bytes, list[str]]:

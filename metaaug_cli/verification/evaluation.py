@@ -116,24 +116,33 @@ def onnx_predictor(session: "onnxruntime.InferenceSession") -> Predictor:
     Raises:
         InputError: The file does not take one batch of float images.
     """
-    inputs, output = session.get_inputs(), session.get_outputs()[0]
-    shape = inputs[0].shape
+    require_image_input(session)
+    first, output = session.get_inputs()[0], session.get_outputs()[0]
     if not output.type.startswith("tensor(") or output.type == "tensor(string)":
         raise InputError(
             f"the file's first output, {output.name}, is {output.type}, not numbers",
             hint="metaaug evaluates image classifiers: its first output must be (images, classes)",
         )
-    if len(inputs) != 1 or len(shape) != 4 or inputs[0].type != "tensor(float)":
-        listed = ", ".join(f"{item.name} {item.type} {item.shape}" for item in inputs)
+
+    def call(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {first.name: images.contiguous().numpy()})[0])
+
+    return in_batches_of(first.shape[0], call) if isinstance(first.shape[0], int) else call
+
+
+def require_image_input(session: "onnxruntime.InferenceSession") -> None:
+    """Refuse a file that does not take one batch of float images.
+
+    Raises:
+        InputError: It takes something else, or nothing.
+    """
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
+        listed = ", ".join(f"{item.name} {item.type} {item.shape}" for item in inputs) or "nothing"
         raise InputError(
             f"the file does not take one batch of float32 images (n, channels, height, width) but {listed}",
             hint="metaaug evaluates image classifiers that take float images",
         )
-
-    def call(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {inputs[0].name: images.contiguous().numpy()})[0])
-
-    return in_batches_of(shape[0], call) if isinstance(shape[0], int) else call
 
 
 def in_batches_of(size: int, predictor: Predictor) -> Predictor:

@@ -172,7 +172,8 @@ def check_parity(
         module: The module, or its simulation, on the CPU.
         batches: Normalised images (N, C, H, W).
         reference: Also run the integer reference (gate A).
-        chunk: Images at a time; all codes of a chunk are held in memory.
+        chunk: Images at a time, unless the file asks for another number; all codes of a chunk are held in
+            memory.
         threads: ONNX Runtime's threads.
         progress: Called with (images done, 0) after every chunk; the total is not known.
 
@@ -183,7 +184,7 @@ def check_parity(
     executor = IntegerExecutor(runtime.model) if reference else None
     deployed = module.deployed if isinstance(module, IntegerSimulation) else module
     tally = _Tally(runtime.tensors)
-    for images in _chunks(batches, chunk):
+    for images in _chunks(batches, runtime.batch or chunk):
         tally.add(images, runtime, deployed, executor)
         if progress is not None:
             progress(tally.images, 0)

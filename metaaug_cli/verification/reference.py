@@ -32,6 +32,11 @@ _INTEGER_OPS: dict[str, Callable[[onnx.NodeProto, list[Any]], Pending | None]] =
     "Relu": ops.relu,
 }
 _MOVES_CODES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Flatten", "MaxPool"}
+_OWN_OPS = {
+    "ConvTranspose": float_ops.transposed_convolution,
+    "Pad": float_ops.constant_pad,
+    "Resize": float_ops.nearest_resize,
+}
 
 
 class IntegerExecutor:
@@ -119,10 +124,8 @@ class IntegerExecutor:
             return [ops.float_convolution(node, inputs)]
         if node.op_type == "GroupNormalization":
             return [float_ops.group_normalization(node, inputs)]
-        if (
-            node.op_type == "ConvTranspose"
-            and (found := float_ops.transposed_convolution(node, inputs)) is not None
-        ):
+        special = _OWN_OPS.get(node.op_type)
+        if special is not None and (found := special(node, inputs)) is not None:
             return [found]
         if node.op_type in ("Clip", "Cast", "Sub") and inputs[0].dtype != np.float32:
             return [ops.integer_elementwise(node, inputs)]

@@ -1,4 +1,4 @@
-"""Float operators that the evaluator of the onnx package gets wrong, for ``reference``."""
+"""Operators that the evaluator of the onnx package gets wrong, for ``reference``."""
 
 from __future__ import annotations
 
@@ -43,6 +43,35 @@ def group_normalization(node: onnx.NodeProto, inputs: list[Any]) -> Array:
     assert x is not None
     a = attributes(node)
     return F.group_norm(x, int(a["num_groups"]), scale, bias, eps=float(a.get("epsilon", 1e-5))).numpy()
+
+
+def constant_pad(node: onnx.NodeProto, inputs: list[Any]) -> Array | None:
+    """A constant border of codes or floats, cut off where it is negative; None for other modes and axes."""
+    x, pads, fill, axes = (inputs + [None] * 3)[:4]
+    if attributes(node).get("mode", b"constant") not in (b"constant", "constant") or axes is not None:
+        return None
+    ends = np.asarray(pads).reshape(2, -1).T
+    value = 0 if fill is None else np.asarray(fill).item()
+    wider = np.pad(x, np.maximum(ends, 0), constant_values=value)
+    kept = (
+        slice(max(-before, 0), size - max(-after, 0))
+        for (before, after), size in zip(ends, wider.shape, strict=True)
+    )
+    return np.ascontiguousarray(wider[tuple(kept)])
+
+
+def nearest_resize(node: onnx.NodeProto, inputs: list[Any]) -> Array | None:
+    """Codes or floats repeated as torch counts; None for other modes, and for sizes instead of scales."""
+    a = attributes(node)
+    wanted = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    found = {key: a[key].decode() if isinstance(a.get(key), bytes) else a.get(key) for key in wanted}
+    if found != wanted or len(inputs) < 3 or inputs[2] is None or np.size(inputs[2]) == 0:
+        return None
+    x = inputs[0]
+    for axis, scale in enumerate(np.asarray(inputs[2], np.float32)):
+        places = np.arange(int(np.floor(x.shape[axis] * scale)), dtype=np.float32) / scale
+        x = np.take(x, np.minimum(places.astype(np.int64), x.shape[axis] - 1), axis)
+    return x
 
 
 def _tensor(value: Any) -> Tensor | None:

@@ -27,6 +27,7 @@ from metaaug_cli.verification.evaluation import (
     Predictor,
     onnx_predictor,
     program_predictor,
+    require_image_input,
     torch_predictor,
 )
 from metaaug_cli.verification.openvino_check import OPENVINO, OpenVinoLayers, open_openvino
@@ -204,6 +205,7 @@ def _float_predictor(loaded: LoadedModel) -> Predictor:
 
 def _check_input_shape(session: onnxruntime.InferenceSession, preprocessing: Preprocessing) -> None:
     wanted = (preprocessing.channels, *preprocessing.size)
+    require_image_input(session)
     shape = session.get_inputs()[0].shape[1:]
     if any(isinstance(have, int) and have != want for have, want in zip(shape, wanted, strict=True)):
         raise InputError(

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 from PIL import Image
 
 from metaaug_cli.cli.app import main
@@ -93,6 +95,32 @@ def refused(capsys, code, *texts):
 def test_a_flag_out_of_range_is_named_as_it_was_typed(root, capsys):
     assert quantize(root, "--wbits", 9, "--batch", 0) == 2
     refused(capsys, 2, "--wbits: must be less than or equal to 8, not 9", "--batch: must be")
+
+
+@pytest.mark.parametrize(("value", "said"), [("inf", "inf is not a number of GiB"), ("nan", "'--cache-gb'")])
+def test_a_cache_of_no_size_is_refused(root, capsys, value, said):
+    assert quantize(root, "--cache-gb", value) == 2
+    refused(capsys, 2, said)
+
+
+def test_json_without_a_name(run, root, capsys):
+    assert main(["evaluate", str(run), "--data", str(root / "images"), "--json="]) == 2
+    refused(capsys, 2, "--json= names no file")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [([], "but nothing"), ([["n", "k"]], "['n', 'k']"), ([["n", 3, 12, 12]] * 2, "x0 tensor(float)")],
+)
+def test_an_onnx_file_that_takes_no_images(root, run, capsys, tmp_path, shapes, said):
+    inputs = [helper.make_tensor_value_info(f"x{i}", 1, shape) for i, shape in enumerate(shapes)]
+    node = helper.make_node("Constant", [], ["y"], value=helper.make_tensor("v", 1, [1, 5], [0.0] * 5))
+    graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", 1, [1, 5])])
+    onnx.save(helper.make_model(graph, ir_version=8), tmp_path / "odd.onnx")
+    odd, data = str(tmp_path / "odd.onnx"), ["--data", str(root / "images")]
+    for command in (["evaluate", odd, *data, *SIZES], ["evaluate", str(run), "--onnx", odd, *data]):
+        assert main(command) == 2
+        refused(capsys, 2, "the file does not take one batch of float32 images", said)
 
 
 def test_an_unknown_augmentation_is_told_the_known_ones(root, capsys):
@@ -190,7 +218,9 @@ def test_another_suffix_than_onnx_is_refused_before_anything_is_written(run, cap
     assert not (tmp_path / "model.txt").exists()
 
 
-@pytest.mark.parametrize(("key", "value"), [("preprocessing", 3), ("fingerprint", [1]), ("blocks", None)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("preprocessing", 3), ("fingerprint", [1]), ("fingerprint", {}), ("blocks", None)]
+)
 def test_a_run_whose_facts_are_of_another_kind_is_refused(root, run, capsys, key, value):
     info = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**info, key: value}))
@@ -221,9 +251,10 @@ def test_a_pipe_in_place_of_an_onnx_file(root, capsys, tmp_path):
 
 
 def test_damaged_metrics_do_not_stand_in_the_way(run, capsys):
-    (run / "metrics.json").write_text("{")
-    assert main(["export", str(run), "-o", str(run.parent / "model.onnx")]) == 0
-    assert "cannot read" in capsys.readouterr().err
+    for text in ("{", "[" * 100_000):
+        (run / "metrics.json").write_text(text)
+        assert main(["export", str(run), "-o", str(run.parent / "model.onnx")]) == 0
+        assert "cannot read" in capsys.readouterr().err
 
 
 def test_a_file_in_place_of_a_folder_in_the_output_path(run, root, capsys):

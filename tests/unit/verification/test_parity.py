@@ -40,6 +40,18 @@ def test_reference_is_optional(exported, networks):
     assert steps == [8, 16, 20]
 
 
+def test_a_file_that_fixes_its_batch_gets_as_many_images(exported, networks, tmp_path):
+    graph, path = exported("W4A4")
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
+    onnx.save(model, tmp_path / "fixed.onnx")
+    batches = networks.images(20).split(12)
+    parity = check_parity(tmp_path / "fixed.onnx", graph, batches, reference=True)
+    assert parity.passed
+    assert parity.images == 20
+    assert parity.layers[0].codes == 20 * 3 * 16 * 16
+
+
 @pytest.fixture
 def tampered(exported, tmp_path):
     """A file whose conv2 has one weight code more by 1 than the simulated network."""
