@@ -132,9 +132,13 @@ def quantized(
     base: Recipe | None = None,
     run_dir: Path | None = None,
 ) -> QuantizedModel:
-    """Quantize with recipe settings written ``section.key=value``, on top of the defaults or of ``base``."""
+    """Quantize with recipe settings written ``section.key=value``, on top of the defaults or of ``base``.
+
+    Without ``base`` the first layer's output has ``act_bits``, as when the older records were made.
+    """
     keep_freed_memory()
-    recipe = (base or Recipe()).override([f"seed={seed}", f"calibration.num={num}", *settings])
+    start = base or Recipe().override(["quantization.stem_output_bits=same"])
+    recipe = start.override([f"seed={seed}", f"calibration.num={num}", *settings])
     calibration = load_calibration_set(
         subject.calib, preprocessing=subject.model.preprocessing, num=num, seed=seed
     )

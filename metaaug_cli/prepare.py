@@ -82,7 +82,7 @@ def bits_of(recipe: Recipe) -> Bits:
         first_last_weight=q.weight_bits if q.first_last_bits == "same" else q.first_last_bits,
         first_last_act=q.act_bits if q.first_last_bits == "same" else q.first_last_bits,
         other_act=q.act_bits if q.other_act_bits == "same" else q.other_act_bits,
-        stem_output=q.stem_output_bits,
+        stem_output=None if q.stem_output_bits == "same" else q.stem_output_bits,
     )
 
 

@@ -100,8 +100,10 @@ class Quantization(Section):
         description="Bits of the tensors that only `integer` placement quantizes (branches before an "
         "addition, pools, network input and output); `same` uses `act_bits`.",
     )
-    stem_output_bits: Bits | None = Field(
-        default=None, description="Bits of the first layer's output; `null` uses `act_bits`."
+    stem_output_bits: Bits | Literal["same"] | None = Field(
+        default=8,
+        description="Bits of the first layer's output, which costs most at few bits and nothing at 8, where "
+        "the published codes leave it; `same` (`null` in older recipes) uses `act_bits`.",
     )
     placement: Literal["integer", "full", "academic"] = Field(
         default="integer",

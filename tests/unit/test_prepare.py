@@ -61,7 +61,9 @@ def test_auto_is_nothing_where_the_set_itself_holds_made_images():
     recipe = Recipe().override(["quantization.weight_bits=2"])
     preprocessing = Preprocessing((8, 8), None, "bilinear", (0.5,) * 3, (0.5,) * 3)
     real = make_calibration_set(images(4), preprocessing, list("abcd"), origin="folder x")
-    mixed = make_calibration_set(images(4), preprocessing, list("abcd"), origin=f"{SYNTHETIC_ORIGIN} net")
+    mixed = make_calibration_set(
+        images(4), preprocessing, ["a", "b", "c", "synthetic-00000"], origin=f"{SYNTHETIC_ORIGIN} net"
+    )
     assert augmentation_kind(fitted_to(recipe, real)) == "metaaug"
     assert augmentation_kind(fitted_to(recipe, mixed)) == "none"
     asked = recipe.override(["augmentation.kind=metaaug"])
