@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,11 +112,11 @@ class OnnxSummary:
     saturating: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Plain data for JSON, which has no infinite numbers: they become None."""
         plain = asdict(self)
         plain["path"] = str(self.path)
         plain["manifest"] = None if self.manifest is None else self.manifest.model_dump(mode="json")
-        return plain
+        return {key: _without_infinite(value) for key, value in plain.items()}
 
 
 def summarize_onnx(path: Path) -> OnnxSummary:
@@ -236,6 +237,14 @@ def _with_inner(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
         for attribute in node.attribute:
             for graph in (attribute.g, *attribute.graphs):
                 yield from _with_inner(graph.node)
+
+
+def _without_infinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _type_name(onnx_type: int) -> str:

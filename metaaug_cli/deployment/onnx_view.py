@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from metaaug_cli.errors import InputError
 
@@ -36,6 +36,12 @@ MOVEMENT = {
     "MaxPool",
 }
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_PLAIN_CONSTANTS = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
 _UNPACKING = {"Cast", "Sub"}
 _BOUNDS = {"Clip": (1, 2), "Max": (1, 9), "Min": (9, 1)}  # inputs with the lower and upper bound; 9 is none
 _INTEGER_KERNELS = {
@@ -95,7 +101,7 @@ class WeightTensor:
         onnx_type: Element type it is stored in.
         shape: Shape of the codes.
         scales: All step sizes.
-        bits: Bits that hold its codes of every channel.
+        bits: Bits that hold every channel's codes and zero point.
         symmetric: Whether all zero points are 0.
     """
 
@@ -111,14 +117,20 @@ class WeightTensor:
 
 
 class GraphView:
-    """Look-ups in a graph: constants, producers and consumers by tensor name."""
+    """Look-ups in a graph: constants, producers and consumers by tensor name.
+
+    An Identity of a constant is a constant.
+    """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph = model.graph
         self.constants = {i.name: i for i in model.graph.initializer}
         for node in model.graph.node:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self.constants[node.output[0]] = node.attribute[0].t
+            value = _constant_value(node) if node.op_type == "Constant" else None
+            if node.op_type == "Identity":
+                value = self.constants.get(node.input[0])
+            if value is not None:
+                self.constants[node.output[0]] = value
         self.producer = {name: node for node in model.graph.node for name in node.output}
         self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in model.graph.node:
@@ -140,17 +152,37 @@ class GraphView:
         """Name of an optional input, None where it is left out."""
         return node.input[position] or None if position < len(node.input) else None
 
+    def has_known_grid(self, node: onnx.NodeProto) -> bool:
+        """Whether scale and zero point of a QuantizeLinear or DequantizeLinear are constants with values."""
+        names = (node.input[1], self.optional(node, 2))
+        return all(n is None or (n in self.constants and 0 not in self.constants[n].dims) for n in names)
+
+
+def _constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """What a Constant node gives, None for text and sparse tensors."""
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            return attribute.t
+        if attribute.name in _PLAIN_CONSTANTS:
+            value = np.asarray(helper.get_attribute_value(attribute), _PLAIN_CONSTANTS[attribute.name])
+            return numpy_helper.from_array(value, node.output[0])
+    return None
+
 
 def code_tensors(model: onnx.ModelProto) -> tuple[CodeTensor, ...]:
-    """The activation quantizers of a model in graph order."""
+    """The activation quantizers of a model in graph order.
+
+    Left out are those whose grid the file does not tell.
+    """
     view = GraphView(model)
     return tuple(_code_tensors(view))
 
 
 def _code_tensors(view: GraphView) -> Iterator[CodeTensor]:
     for node in view.graph.node:
-        scale_is_known = node.op_type == "QuantizeLinear" and node.input[1] in view.constants
-        if not scale_is_known or node.input[0] in view.constants:
+        if node.op_type != "QuantizeLinear" or node.input[0] in view.constants:
+            continue
+        if not view.has_known_grid(node):
             continue
         zero_point, onnx_type = _zero_point(view, node)
         low, high = activation_range(view, node)
@@ -169,7 +201,10 @@ def _code_tensors(view: GraphView) -> Iterator[CodeTensor]:
 
 
 def activation_range(view: GraphView, quantize: onnx.NodeProto) -> tuple[int, int]:
-    """Least and greatest code that a QuantizeLinear, with a Clip before or after it, can give."""
+    """Least and greatest code that a QuantizeLinear, with a Clip before or after it, can give.
+
+    Its grid has to be known.
+    """
     zero_point, onnx_type = _zero_point(view, quantize)
     low, high = RANGES.get(onnx_type, (0, 255))
     clip = _clip_of_codes(view, quantize)
@@ -178,12 +213,18 @@ def activation_range(view: GraphView, quantize: onnx.NodeProto) -> tuple[int, in
         return max(low, int(bounds[0])), min(high, int(bounds[1]))
     before = view.producer.get(quantize.input[0])
     scale = view.constant(quantize.input[1])
-    while scale.size == 1 and before is not None and before.op_type in _BOUNDS:
-        step, zero = float(scale.reshape(())), zero_point[0]
+    step, zero = float(scale.reshape(-1)[0]), zero_point[0]
+    is_single = scale.size == 1 and np.isfinite(step) and step > 0
+    while is_single and before is not None and before.op_type in _BOUNDS:
         bounds = _bounds(view, before, (low - zero) * step, (high - zero) * step)
-        low, high = max(low, round(bounds[0] / step) + zero), min(high, round(bounds[1] / step) + zero)
+        low, high = (_nearest(bound / step, low - zero, high - zero) + zero for bound in bounds)
         before = view.producer.get(before.input[0])
     return low, high
+
+
+def _nearest(value: float, low: int, high: int) -> int:
+    """The integer from ``low`` to ``high`` nearest to ``value``, which may be infinite."""
+    return round(min(high, max(low, value)))
 
 
 def _clip_of_codes(view: GraphView, quantize: onnx.NodeProto) -> onnx.NodeProto | None:
@@ -194,8 +235,9 @@ def _clip_of_codes(view: GraphView, quantize: onnx.NodeProto) -> onnx.NodeProto 
 def _bounds(view: GraphView, node: onnx.NodeProto, low: float, high: float) -> tuple[float, float]:
     """Constant bounds that a Clip, Max or Min sets, with defaults for those it does not."""
     names = [view.optional(node, i) for i in _BOUNDS[node.op_type]]
-    known = [float(view.constant(n)) if n is not None and n in view.constants else None for n in names]
-    return low if known[0] is None else known[0], high if known[1] is None else known[1]
+    known = [view.constant(n).reshape(-1) if n is not None and n in view.constants else None for n in names]
+    lower, upper = (float(k[0]) if k is not None and k.size == 1 else None for k in known)
+    return low if lower is None else lower, high if upper is None else upper
 
 
 def _is_exact(view: GraphView, name: str) -> bool:
@@ -217,7 +259,7 @@ def _is_dequantized(view: GraphView, name: str) -> bool:
 
 def _zero_point(view: GraphView, quantize: onnx.NodeProto) -> tuple[tuple[int, ...], int]:
     name = view.optional(quantize, 2)
-    if name is None or name not in view.constants:
+    if name is None:
         declared = next((a.i for a in quantize.attribute if a.name == "output_dtype"), 0)
         return (0,) * view.constant(quantize.input[1]).size, declared or onnx.TensorProto.UINT8
     values = view.constant(name).astype(np.int64).reshape(-1)
@@ -225,49 +267,67 @@ def _zero_point(view: GraphView, quantize: onnx.NodeProto) -> tuple[tuple[int, .
 
 
 def weight_tensors(model: onnx.ModelProto) -> tuple[WeightTensor, ...]:
-    """The quantized weights and biases of a model in graph order."""
+    """The quantized weights and biases of a model in graph order.
+
+    Left out are single numbers, and those whose grid the file does not tell.
+    """
     view = GraphView(model)
-    return tuple(
+    found = (
         _weight_tensor(view, node)
         for node in model.graph.node
-        if node.op_type == "DequantizeLinear" and _stored(view, node.input[0]) is not None
+        if node.op_type == "DequantizeLinear" and view.has_known_grid(node)
     )
+    return tuple(weight for weight in found if weight is not None)
 
 
-def _stored(view: GraphView, name: str) -> str | None:
-    """The constant that holds codes, behind the Cast and Sub of packed ones."""
+def _stored(view: GraphView, name: str) -> tuple[onnx.TensorProto, np.ndarray] | None:
+    """The constant that holds codes, and the codes as int64 after the Cast and Sub of packed ones."""
+    subtracted = np.zeros((), np.int64)
     node = view.producer.get(name)
     while node is not None and node.op_type in _UNPACKING:
+        if node.op_type == "Sub" and node.input[1] not in view.constants:
+            return None
+        if node.op_type == "Sub":
+            subtracted = subtracted + view.constant(node.input[1]).astype(np.int64)
         name = node.input[0]
         node = view.producer.get(name)
-    return name if name in view.constants else None
+    if name not in view.constants:
+        return None
+    return view.constants[name], view.constant(name).astype(np.int64) - subtracted
 
 
-def _weight_tensor(view: GraphView, node: onnx.NodeProto) -> WeightTensor:
+def _weight_tensor(view: GraphView, node: onnx.NodeProto) -> WeightTensor | None:
     stored = _stored(view, node.input[0])
-    assert stored is not None
-    codes = view.constant(stored).astype(np.int64)
+    if stored is None or stored[1].ndim == 0:
+        return None
+    constant, codes = stored
     axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
     scales = view.constant(node.input[1]).reshape(-1)
-    channels = (
-        np.moveaxis(codes, axis, 0).reshape(scales.size, -1) if scales.size > 1 else codes.reshape(1, -1)
-    )
-    span = int((channels.max(1) - channels.min(1)).max(initial=0)) if codes.size else 0
-    zero_point = view.optional(node, 2)
+    name = view.optional(node, 2)
+    zero_points = np.zeros(1, np.int64) if name is None else view.constant(name).astype(np.int64)
     reader = next(iter(view.consumers[node.output[0]]), None)
-    is_bias = view.constants[stored].data_type == onnx.TensorProto.INT32
+    is_bias = constant.data_type == onnx.TensorProto.INT32
     layer = reader.name if reader is not None and reader.name else node.input[0]
     return WeightTensor(
         name=node.input[0].removesuffix(CODES) if node.input[0].endswith(CODES) else layer,
         kind="bias" if is_bias else "weight",
         op=reader.op_type if reader is not None else "",
         bias=_bias_kind(view, reader),
-        onnx_type=view.constants[stored].data_type,
+        onnx_type=constant.data_type,
         shape=tuple(codes.shape),
         scales=scales,
-        bits=32 if is_bias else max(1, span.bit_length()),
-        symmetric=zero_point is None or not view.constant(zero_point).any(),
+        bits=32 if is_bias else _bits(codes, np.resize(zero_points, scales.size), axis),
+        symmetric=not zero_points.any(),
     )
+
+
+def _bits(codes: np.ndarray, zero_points: np.ndarray, axis: int) -> int:
+    """Bits that hold the codes and the zero point of every channel along ``axis``, or of all in one."""
+    has_axis = -codes.ndim <= axis < codes.ndim
+    per_channel = has_axis and zero_points.size == codes.shape[axis]
+    rows = np.moveaxis(codes, axis, 0).reshape(zero_points.size, -1) if per_channel else codes.reshape(1, -1)
+    held = np.concatenate([rows, zero_points.reshape(len(rows), -1)], axis=1)
+    return max(1, int((held.max(1) - held.min(1)).max()).bit_length())
 
 
 def _bias_kind(view: GraphView, layer: onnx.NodeProto | None) -> str | None:

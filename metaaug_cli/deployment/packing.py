@@ -1,16 +1,18 @@
-"""How codes are stored in an exported file: one graph and one function, three ways to write it.
+"""How codes are stored in an exported file: one graph and one function, four ways to write it.
 
 - ``int8``: codes in 8-bit containers; integer kernels everywhere.
 - ``packed``: weight codes under 8 bits stored as uint4 or uint2 and unpacked by ``Cast`` and ``Sub``, which
   the runtime does once while loading; then the same integer kernels.
+- ``packed4``: the same in uint4 only, for releases without kernels for 2 bits; ``choose_pack`` asks for it.
 - ``native``: weights and activations in the 4-bit and 2-bit ONNX types, for runtimes that want the types.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +23,7 @@ from metaaug_cli.deployment.manifest import Packing
 from metaaug_cli.deployment.onnx_view import CODES, MOVEMENT, SCALE, GraphView, activation_range
 from metaaug_cli.deployment.runtimes import KEEP_FLOAT_WEIGHTS, WITHOUT_INTEGER_KERNELS, least_release
 
-PackMode = Literal["int8", "packed", "native"]
+PackMode = Literal["int8", "packed", "packed4", "native"]
 _OPSET_OF_TWO_BITS, _IR_OF_TWO_BITS = 25, 13
 _PAIR_LIMIT = 2**15 - 1
 _TWO_BITS = {TensorProto.INT2, TensorProto.UINT2}
@@ -29,25 +31,40 @@ _TWO_BITS = {TensorProto.INT2, TensorProto.UINT2}
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight in the graph: int8 codes with zero point 0, output channels on axis 0."""
+    """A weight in the graph: codes with zero point 0, output channels on axis 0.
+
+    Args:
+        dequantize: The node that reads the codes.
+        name: Name of the layer.
+        codes: int32 values of the int8 codes, at least one, (out, …).
+        zero_point_shape: () or (1,) for one zero point, (out,) for one per channel.
+    """
 
     dequantize: onnx.NodeProto
     name: str
     codes: np.ndarray
+    zero_point_shape: tuple[int, ...]
+
+    @property
+    def channels(self) -> np.ndarray:
+        """Codes in one row per zero point, (out, …) or (1, …)."""
+        return self.codes.reshape(len(self.codes) if math.prod(self.zero_point_shape) > 1 else 1, -1)
 
     @property
     def least(self) -> np.ndarray:
-        """Least code of each channel."""
-        return self.codes.reshape(len(self.codes), -1).min(1).astype(np.int32)
+        """Least code of each channel or 0, whichever is smaller: minus this is a zero point in any type."""
+        return np.minimum(self.channels.min(1), 0)
 
     @property
     def bits(self) -> int:
-        """Bits of the narrowest unsigned type that holds every channel's codes: 2, 4 or 8."""
-        span = int((self.codes.reshape(len(self.codes), -1).max(1) - self.least).max(initial=0))
+        """Bits of the narrowest unsigned type that holds every channel's codes and zero point: 2, 4 or 8."""
+        if not self.codes.any():
+            return 8  # a dead layer fits any type: it must not ask for a newer runtime than the others
+        span = int((np.maximum(self.channels.max(1), 0) - self.least).max())
         return next(bits for bits in (2, 4, 8) if span < 2**bits)
 
     def along_channels(self, values: np.ndarray) -> np.ndarray:
-        """One value per channel, shaped to broadcast over the codes."""
+        """One value per row of ``channels``, shaped to broadcast over the codes."""
         return values.reshape(-1, *[1] * (self.codes.ndim - 1))
 
 
@@ -56,10 +73,13 @@ def _weights(model: onnx.ModelProto) -> Iterator[_Weight]:
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear" or node.input[0] not in view.constants:
             continue
-        codes = view.constant(node.input[0])
-        zero_point = view.optional(node, 2)
-        if codes.dtype == np.int8 and zero_point is not None and not view.constant(zero_point).any():
-            yield _Weight(node, node.input[0].removesuffix(CODES), codes.astype(np.int32))
+        name = view.optional(node, 2)
+        if name is None or not view.has_known_grid(node):
+            continue
+        codes, zero_point = view.constant(node.input[0]), view.constant(name)
+        if codes.dtype == np.int8 and codes.ndim and codes.size and not zero_point.any():
+            layer = node.input[0].removesuffix(CODES)
+            yield _Weight(node, layer, codes.astype(np.int32), zero_point.shape)
 
 
 def pack(model: onnx.ModelProto, mode: PackMode, *, reduce_range: bool = False) -> Packing:
@@ -75,11 +95,16 @@ def pack(model: onnx.ModelProto, mode: PackMode, *, reduce_range: bool = False) 
     """
     if reduce_range:
         avoid_saturation(model)
-    changed = {"int8": lambda _: 0, "packed": pack_weights, "native": use_native_types}[mode](model)
+    changed = 0
+    if mode in ("packed", "packed4"):
+        pack_weights(model, least_bits=4 if mode == "packed4" else 2)
+    elif mode == "native":
+        changed = use_native_types(model)
     options = WITHOUT_INTEGER_KERNELS if mode == "native" and changed else {}
     if _has_float_weights_behind_codes(model):
         options = {**options, **KEEP_FLOAT_WEIGHTS}
-    return Packing(mode=mode, least_onnxruntime=least_release(model), session_options=options)
+    stored = "packed" if mode == "packed4" else mode
+    return Packing(mode=stored, least_onnxruntime=least_release(model), session_options=options)
 
 
 def _has_float_weights_behind_codes(model: onnx.ModelProto) -> bool:
@@ -92,20 +117,26 @@ def _has_float_weights_behind_codes(model: onnx.ModelProto) -> bool:
     return any(n.input[0] in dequantized and n.input[1] not in dequantized for n in transposed)
 
 
-def pack_weights(model: onnx.ModelProto) -> int:
-    """Store weight codes in 4 or 2 bits in front of ``Cast`` and ``Sub``; returns how many weights were."""
+def pack_weights(model: onnx.ModelProto, *, least_bits: int = 2) -> int:
+    """Store weight codes in 4 or 2 bits in front of ``Cast`` and ``Sub``.
+
+    Args:
+        model: A model in the ``int8`` form, changed in place.
+        least_bits: 2, or 4 to store 2-bit codes in 4 bits too.
+
+    Returns:
+        How many weights were packed.
+    """
     count = 0
     for weight in list(_weights(model)):
         if weight.bits == 8:
             continue
         stored = weight.codes - weight.along_channels(weight.least)
-        dtype = ml_dtypes.uint4 if weight.bits == 4 else ml_dtypes.uint2
+        dtype = ml_dtypes.uint4 if max(weight.bits, least_bits) == 4 else ml_dtypes.uint2
         names = [f"{weight.name}.{part}" for part in ("packed_codes", "unsigned_codes", "packed_zero_point")]
-        _replace_constant(
-            model, weight.dequantize.input[0], numpy_helper.from_array(stored.astype(dtype), names[0])
-        )
-        zero_point = weight.along_channels(-weight.least).astype(np.int8)
-        model.graph.initializer.append(numpy_helper.from_array(zero_point, names[2]))
+        _replace_constant(model, weight.dequantize.input[0], _constant(stored, dtype, names[0]))
+        zero_point = weight.along_channels(-weight.least)
+        model.graph.initializer.append(_constant(zero_point, np.int8, names[2]))
         unpack = [
             helper.make_node("Cast", [names[0]], [names[1]], name=f"{weight.name}/Cast", to=TensorProto.INT8),
             helper.make_node(
@@ -138,16 +169,13 @@ def use_native_types(model: onnx.ModelProto) -> int:
 def _native_weight(model: onnx.ModelProto, weight: _Weight) -> None:
     half = 2 ** (weight.bits - 1)
     signed = bool((weight.codes >= -half).all() and (weight.codes < half).all())
-    zero_point = np.zeros(len(weight.codes), np.int32) if signed else np.maximum(-weight.least, 0)
+    zero_point = np.zeros_like(weight.least) if signed else -weight.least
     dtype = getattr(ml_dtypes, f"{'int' if signed else 'uint'}{weight.bits}")
-    codes = (weight.codes + weight.along_channels(zero_point)).astype(dtype)
-    _replace_constant(
-        model, weight.dequantize.input[0], numpy_helper.from_array(codes, weight.dequantize.input[0])
-    )
-    name = weight.dequantize.input[2]
-    if next(i for i in model.graph.initializer if i.name == name).dims == []:
-        zero_point = zero_point[0]
-    _replace_constant(model, name, numpy_helper.from_array(np.asarray(zero_point).astype(dtype), name))
+    codes = weight.codes + weight.along_channels(zero_point)
+    zero_point = zero_point.reshape(weight.zero_point_shape)
+    name, zero_point_name = weight.dequantize.input[0], weight.dequantize.input[2]
+    _replace_constant(model, name, _constant(codes, dtype, name))
+    _replace_constant(model, zero_point_name, _constant(zero_point, dtype, zero_point_name))
 
 
 def _native_activation(model: onnx.ModelProto, view: GraphView, quantize: onnx.NodeProto) -> bool:
@@ -165,9 +193,7 @@ def _native_activation(model: onnx.ModelProto, view: GraphView, quantize: onnx.N
         return False
     dtype = ml_dtypes.uint2 if bits == 2 else ml_dtypes.uint4
     zero_point = view.constant(quantize.input[2])
-    _replace_constant(
-        model, quantize.input[2], numpy_helper.from_array(zero_point.astype(dtype), quantize.input[2])
-    )
+    _replace_constant(model, quantize.input[2], _constant(zero_point, dtype, quantize.input[2]))
     if (low, high) != (0, 2**bits - 1):
         _bound_values(model, view, quantize, low - int(zero_point), high - int(zero_point))
     quantize.output[0] = clip.output[0]
@@ -200,8 +226,10 @@ def saturating_layers(model: onnx.ModelProto) -> list[str]:
 
 
 def _may_saturate(view: GraphView, weight: _Weight) -> bool:
-    reader = view.consumers[weight.dequantize.output[0]][0]
-    greatest = _greatest_code(view, reader.input[0])
+    readers = view.consumers[weight.dequantize.output[0]]
+    if not readers:
+        return False
+    greatest = _greatest_code(view, readers[0].input[0])
     ordered = np.sort(weight.codes.reshape(len(weight.codes), -1), axis=1)
     pair = (
         2 * np.abs(ordered[:, [0, -1]])
@@ -221,10 +249,11 @@ def _greatest_code(view: GraphView, name: str) -> int:
     source = view.producer.get(node.input[0])
     while source is not None and source.op_type in MOVEMENT:
         source = view.producer.get(source.input[0])
-    if source is None or source.op_type not in ("Clip", "QuantizeLinear"):
+    if source is not None and source.op_type == "Clip":
+        source = view.producer.get(source.input[0])
+    if source is None or source.op_type != "QuantizeLinear" or not view.has_known_grid(source):
         return 255
-    quantize = source if source.op_type == "QuantizeLinear" else view.producer[source.input[0]]
-    return activation_range(view, quantize)[1]
+    return activation_range(view, source)[1]
 
 
 def avoid_saturation(model: onnx.ModelProto) -> list[str]:
@@ -237,13 +266,24 @@ def avoid_saturation(model: onnx.ModelProto) -> list[str]:
     changed = []
     for weight in [w for w in _weights(model) if _may_saturate(view, w)]:
         codes, zero_point = weight.dequantize.input[0], weight.dequantize.input[2]
-        shape = view.constant(zero_point).shape
-        _replace_constant(model, codes, numpy_helper.from_array((weight.codes + 128).astype(np.uint8), codes))
+        _replace_constant(model, codes, _constant(weight.codes + 128, np.uint8, codes))
         _replace_constant(
-            model, zero_point, numpy_helper.from_array(np.full(shape, 128, np.uint8), zero_point)
+            model, zero_point, _constant(np.full(weight.zero_point_shape, 128), np.uint8, zero_point)
         )
         changed.append(weight.name)
     return changed
+
+
+def _constant(values: np.ndarray, dtype: Any, name: str) -> TensorProto:
+    """A constant tensor of integers in a narrower type.
+
+    Raises:
+        AssertionError: One does not fit the type; only a bug of this module can be the reason.
+    """
+    narrow = values.astype(dtype)
+    if not np.array_equal(narrow.astype(np.int32), values):
+        raise AssertionError(f"{name} does not fit {np.dtype(dtype)}: {values.min()} to {values.max()}")
+    return numpy_helper.from_array(narrow, name)
 
 
 def _replace_constant(model: onnx.ModelProto, old: str, new: TensorProto) -> None:

@@ -89,15 +89,19 @@ def least_release(model: onnx.ModelProto) -> str:
     return format_release(max(s.integer or s.exact for s in (SUPPORT[key] for key in storage_of(model))))
 
 
-def choose_pack(weight_bits: Collection[int], release: Release) -> Literal["int8", "packed"]:
+def choose_pack(weight_bits: Collection[int], release: Release) -> Literal["int8", "packed", "packed4"]:
     """The smallest form that a release runs as integers.
 
+    What packing stores follows from the codes, which may need fewer bits than their grid has: a 3-bit layer
+    whose codes are all 3 fits uint2. So the release alone decides how narrow the storage may become.
+
     Args:
-        weight_bits: Bits of the network's weights.
+        weight_bits: Bits of the network's weight grids; without any up to 4 there is nothing to pack.
         release: The release it has to run on.
     """
-    keys = {f"packed {2 if bits <= 2 else 4} bits" for bits in weight_bits if bits <= 4}
-    return "packed" if keys and all(_runs(SUPPORT[key], release) for key in keys) else "int8"
+    if not any(bits <= 4 for bits in weight_bits) or not _runs(SUPPORT["packed 4 bits"], release):
+        return "int8"
+    return "packed" if _runs(SUPPORT["packed 2 bits"], release) else "packed4"
 
 
 def require_integer(model: onnx.ModelProto, release: Release) -> None:
@@ -108,8 +112,7 @@ def require_integer(model: onnx.ModelProto, release: Release) -> None:
     """
     stored = storage_of(model)
     target = format_release(release)
-    other = f"--pack {choose_pack([int(key.split()[-2]) for key in stored], release)}"
-    hint = f"{other} runs as integers in {target}"
+    hint = f"{_alternative(stored, release)} runs as integers in {target}"
     for support in (SUPPORT[key] for key in stored if release < SUPPORT[key].exact):
         raise UsageError(
             f"--target-ort {target}: {support.name} need ONNX Runtime "
@@ -124,6 +127,12 @@ def require_integer(model: onnx.ModelProto, release: Release) -> None:
             else f"{support.name} fully run as integers from {format_release(support.integer)} on"
         )
         raise UsageError(f"--target-ort {target}: {reason}", hint=hint)
+
+
+def _alternative(stored: Collection[str], release: Release) -> str:
+    """The flags of a form that a release runs, in place of one that it does not."""
+    other = choose_pack([int(key.split()[-2]) for key in stored], release)
+    return "storage in 4 bits, which leaving --pack out gives," if other == "packed4" else f"--pack {other}"
 
 
 def _runs(support: Support, release: Release) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -77,9 +78,11 @@ def test_a_file_names_the_release_it_needs(exported, bits, mode, storage, least)
     ("bits", "release", "chosen"),
     [
         ({4, 8}, (1, 22), "int8"),
-        ({4, 8}, (1, 23), "packed"),
-        ({3}, (1, 23), "packed"),
-        ({2, 4}, (1, 24), "int8"),
+        ({4, 8}, (1, 23), "packed4"),
+        ({4, 8}, (1, 25), "packed"),
+        ({3}, (1, 24), "packed4"),
+        ({2, 4}, (1, 22), "int8"),
+        ({2, 4}, (1, 24), "packed4"),
         ({2, 8}, (1, 25), "packed"),
         ({8}, (1, 31), "int8"),
         ({5, 8}, (1, 31), "int8"),
@@ -89,13 +92,28 @@ def test_the_smallest_form_that_runs_as_integers_is_chosen(bits, release, chosen
     assert choose_pack(bits, release) == chosen
 
 
+@pytest.mark.parametrize("few", [0, 1, 3, 7])
+@pytest.mark.parametrize("release", [OLDEST, (1, 23), (1, 24), (1, 25), NEWEST])
+@pytest.mark.parametrize("bits", ["W8A8", "W4A4", "W2A4", "W2A2"])
+def test_the_chosen_form_runs_whatever_the_codes_are(exported, bits, release, few):
+    """One layer is dead, or has codes that need fewer bits than its grid."""
+    model = onnx.load(exported(bits)[1])
+    codes = next(i for i in model.graph.initializer if i.name == "conv2.codes")
+    codes.raw_data = np.full(len(codes.raw_data), few, np.int8).tobytes()
+    mode = choose_pack({int(bits[1]), 8}, release)
+    pack(model, mode)
+    require_integer(model, release)
+    narrow = {key for key in storage_of(model) if key != "8 bits"}
+    assert bool(narrow) == (mode != "int8")
+
+
 REFUSED = [
     ("W4A4", "packed", (1, 22), "cannot cast from uint4", "--pack int8"),
-    ("W2A2", "packed", (1, 24), "fully run as integers from 1.25", "--pack int8"),
-    ("W2A2", "packed", (1, 23), "do not know the types", "--pack int8"),
+    ("W2A2", "packed", (1, 24), "fully run as integers from 1.25", "storage in 4 bits"),
+    ("W2A2", "packed", (1, 23), "do not know the types", "leaving --pack out"),
     ("W4A4", "native", (1, 22), "compute wrong logits", "--pack int8"),
     ("W4A4", "native", (1, 30), "compute wrong logits", "--pack packed"),
-    ("W2A4", "native", (1, 23), "need ONNX Runtime 1.31", "--pack int8"),
+    ("W2A4", "native", (1, 22), "need ONNX Runtime 1.31", "--pack int8"),
     ("W4A4", "native", (1, 31), "no integer kernels", "--pack packed"),
 ]
 
