@@ -8,6 +8,7 @@ form that the rest of the package reads.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import logging
@@ -22,8 +23,10 @@ from torch.export import Dim, ExportedProgram
 
 from metaaug_cli.errors import GraphError, InputError
 from metaaug_cli.graph.graph_tools import lookup, register_buffer
+from metaaug_cli.graph.names import free_name
 from metaaug_cli.graph.normalize import normalize
 
+_TRAINING_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 _LARGEST_BATCH = 1 << 16
 _LONGEST_SUMMARY = 300
 
@@ -36,7 +39,8 @@ def capture(network: nn.Module | ExportedProgram, input_size: tuple[int, int, in
         input_size: (C, H, W) of the images it takes.
 
     Raises:
-        GraphError: The network cannot be traced, has several inputs or outputs, or fixes its batch size.
+        GraphError: The network cannot be traced, has several inputs or outputs, fixes its batch size, or is
+            a program in training mode.
         InputError: It does not run on images of this size.
     """
     return normalize(capture_unfolded(network, input_size))
@@ -60,18 +64,19 @@ def capture_unfolded(
         warnings.simplefilter("ignore")
         program = program.run_decompositions({})
     _require_one_image_input(program, input_size)
+    _require_eval_mode(program)
     return _plain_graph_module(program)
 
 
 def export_program(network: nn.Module | ExportedProgram, input_size: tuple[int, int, int]) -> ExportedProgram:
-    """Trace a network with a free batch dimension; a program is returned as it is.
+    """Trace a network with a free batch dimension; a program is kept, but for names torch has no room for.
 
     Raises:
-        GraphError: The network cannot be traced; names the user's line.
+        GraphError: The network cannot be traced; names the user's line. Or two names would fall together.
         InputError: It does not run on images of this size either.
     """
     if isinstance(network, ExportedProgram):
-        return network
+        return _with_free_names(network)
     required = _required_inputs(network)
     if required is not None and required != 1:
         raise _wrong_input_count(required)
@@ -79,9 +84,10 @@ def export_program(network: nn.Module | ExportedProgram, input_size: tuple[int, 
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
     try:
         with _quiet_export(), torch.no_grad():
-            return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
+            program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # torch.export raises many kinds; all mean "cannot be traced"
         raise _does_not_run(network, example) or _untraceable(error) from error
+    return _with_free_names(program)
 
 
 def _required_inputs(network: nn.Module) -> int | None:
@@ -205,9 +211,10 @@ def _require_one_image_input(program: ExportedProgram, input_size: tuple[int, in
             hint="export it with dynamic_shapes=({0: torch.export.Dim('batch')},)",
         )
     if tuple(shape[1:]) != input_size:
-        raise GraphError(
+        raise InputError(
             f"the network takes images of {tuple(shape[1:])}, the preprocessing gives {input_size}",
-            hint="pass the size the network was exported with, for example --size 224",
+            hint=f"pass the size the network was exported with, --size {_size_flag(shape)}; "
+            "--mean and --std take one value per channel",
         )
     outputs = program.graph_signature.user_outputs
     if len(outputs) != 1:
@@ -215,6 +222,59 @@ def _require_one_image_input(program: ExportedProgram, input_size: tuple[int, in
             f"the network returns {len(outputs)} values; metaaug needs one tensor of logits",
             hint="wrap the network in a module that returns the classification logits only",
         )
+
+
+def _size_flag(shape: torch.Size) -> str:
+    """Height and width as ``--size`` takes them."""
+    *_, height, width = shape
+    return f"{height}" if height == width else f"{height}x{width}"
+
+
+def _require_eval_mode(program: ExportedProgram) -> None:
+    for node in program.graph.find_nodes(op="call_function", target=_TRAINING_BATCH_NORM):
+        statistics = node.args[3]
+        assert isinstance(statistics, fx.Node)
+        buffers = program.graph_signature.inputs_to_buffers
+        stored = buffers.get(statistics.name, statistics.name)
+        name = stored.rpartition(".")[0] or stored
+        raise GraphError(
+            f"the network is in training mode: its batch norm `{name}` uses the statistics of each batch",
+            hint="call model.eval() before torch.export.export; a forward of your own must say "
+            "training=self.training, not training=True",
+        )
+
+
+def _with_free_names(program: ExportedProgram) -> ExportedProgram:
+    """The program under names that a graph module can hold; itself where it has no others.
+
+    Raises:
+        GraphError: Another tensor has the new name already.
+    """
+    names = {s.target for s in program.graph_signature.input_specs if s.target is not None}
+    taken = {name: free_name(name) for name in names if free_name(name) != name}
+    if not taken:
+        return program
+    for old, new in taken.items():
+        if new in names:
+            raise GraphError(
+                f"the network has both `{old}` and `{new}`, and the first would be stored as the second",
+                hint=f"rename `{old.partition('.')[0]}`: torch's graphs have an attribute of that name",
+            )
+    signature = copy.deepcopy(program.graph_signature)
+    for spec in (*signature.input_specs, *signature.output_specs):
+        if spec.target is not None:
+            spec.target = free_name(spec.target)
+    return ExportedProgram(
+        program.graph_module,
+        program.graph,
+        signature,
+        {free_name(name): value for name, value in program.state_dict.items()},
+        program.range_constraints,
+        program.module_call_graph,
+        program.example_inputs,
+        {free_name(name): value for name, value in program.constants.items()},
+        verifiers=program.verifiers,
+    )
 
 
 def _plain_graph_module(program: ExportedProgram) -> fx.GraphModule:

@@ -2,11 +2,13 @@
 
 Normal form: every node gives one tensor; dropout, copies and constant sub-graphs are gone; batch norms
 are folded into the layer before them or are depthwise 1x1 convolutions; linears take 2-D input; a
-global average pool is one operator; the batch size appears only as ``-1`` in views.
+global average pool is one operator and other pools are what integer kernels compute; the batch size
+appears only as ``-1`` in views.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from typing import Any
@@ -17,7 +19,9 @@ from torch.utils import _pytree as pytree
 
 from metaaug_cli.errors import GraphError
 from metaaug_cli.graph.graph_tools import add_constant, attribute, insert_call
-from metaaug_cli.graph.ops import CONVOLUTIONS, is_activation, is_global_pool
+from metaaug_cli.graph.names import free_name
+from metaaug_cli.graph.ops import CONVOLUTIONS, is_activation
+from metaaug_cli.graph.pools import free_sizes, plain_pool
 
 aten = torch.ops.aten
 
@@ -35,6 +39,10 @@ _CONSTANT_FACTORIES = {
     aten.new_ones.default,
     aten.new_full.default,
     aten.new_empty.default,
+}
+_NAMED_PADDING = {
+    aten.conv1d.padding: (aten.conv1d.default, 1),
+    aten.conv2d.padding: (aten.conv2d.default, 2),
 }
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 BATCH_NORMS = {aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default}
@@ -55,7 +63,7 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
         _plain_pads,
         _convolutions_with_numeric_padding,
         _decompose_silu,
-        _average_pools,
+        _pools,
         _batch_free_views,
         _two_dimensional_linears,
         _fold_batch_norms,
@@ -76,7 +84,7 @@ def _set_owners(module: fx.GraphModule) -> None:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         path = str(stack[-1][0]) if stack else ""
         path = re.sub(r"^L\['self'\]\.?|^L__self___?", "", path)
-        node.meta["owner"] = re.sub(r"@\d+", "", path)
+        node.meta["owner"] = free_name(re.sub(r"@\d+", "", path))
 
 
 def _swap(node: fx.Node, new: fx.Node) -> None:
@@ -178,9 +186,11 @@ def _plain_pads(module: fx.GraphModule) -> None:
 
 def _convolutions_with_numeric_padding(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
-        if node.target != aten.conv2d.padding:
+        if node.target not in _NAMED_PADDING:
             continue
-        x, weight, bias, stride, padding, dilation, groups = _fill(node, (None, (1, 1), "valid", (1, 1), 1))
+        plain, rank = _NAMED_PADDING[node.target]
+        ones = (1,) * rank
+        x, weight, bias, stride, padding, dilation, groups = _fill(node, (None, ones, "valid", ones, 1))
         if padding == "same":
             kernel = weight.meta["val"].shape[2:]
             total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -188,10 +198,10 @@ def _convolutions_with_numeric_padding(module: fx.GraphModule) -> None:
                 pads = [t // 2 for t in total]
             else:
                 sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
-                x, pads = insert_call(node, aten.constant_pad_nd.default, (x, sides)), [0, 0]
+                x, pads = insert_call(node, aten.constant_pad_nd.default, (x, sides)), [0] * rank
         else:
-            pads = [0, 0]
-        _swap(node, insert_call(node, aten.conv2d.default, (x, weight, bias, stride, pads, dilation, groups)))
+            pads = [0] * rank
+        _swap(node, insert_call(node, plain, (x, weight, bias, stride, pads, dilation, groups)))
 
 
 def _fill(node: fx.Node, defaults: tuple[Any, ...]) -> list[Any]:
@@ -212,34 +222,11 @@ def _decompose_silu(module: fx.GraphModule) -> None:
             _swap(node, insert_call(node, aten.mul.Tensor, (node.args[0], gate)))
 
 
-def _average_pools(module: fx.GraphModule) -> None:
+def _pools(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
-        if node.target == aten.adaptive_avg_pool2d.default:
-            _adaptive_pool(node)
-        elif node.target == aten.mean.dim and node.args[0].meta["val"].dim() == 4:
-            axes = sorted(a % 4 for a in node.args[1])
-            keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
-            if axes == [2, 3] and not is_global_pool(node):
-                pooled = insert_call(node, aten.mean.dim, (node.args[0], [2, 3], True))
-                channels = int(node.args[0].meta["val"].shape[1])
-                _swap(
-                    node,
-                    pooled if keep else insert_call(node, aten.reshape.default, (pooled, [-1, channels])),
-                )
-
-
-def _adaptive_pool(node: fx.Node) -> None:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
-    height, width = (int(v) for v in x.meta["val"].shape[2:])
-    out_height, out_width = (int(v) for v in node.meta["val"].shape[2:])
-    if (out_height, out_width) == (height, width):
-        _swap(node, x)
-    elif (out_height, out_width) == (1, 1):
-        _swap(node, insert_call(node, aten.mean.dim, (x, [2, 3], True)))
-    elif height % out_height == 0 and width % out_width == 0:
-        kernel = [height // out_height, width // out_width]
-        _swap(node, insert_call(node, aten.avg_pool2d.default, (x, kernel, kernel)))
+        pool = plain_pool(node)
+        if pool is not None:
+            _swap(node, pool)
 
 
 def _batch_free_views(module: fx.GraphModule) -> None:
@@ -248,7 +235,7 @@ def _batch_free_views(module: fx.GraphModule) -> None:
         if node.target in _VIEWS:
             sizes = list(node.args[1])
             symbolic = [i for i, size in enumerate(sizes) if isinstance(size, fx.Node)]
-            known = [s if isinstance(s, int) else -1 for s in node.meta["val"].shape]
+            known = free_sizes(node.meta["val"].shape)
             if len(symbolic) == 1 and known.count(-1) == 1:
                 sizes = known
             node.args = (node.args[0], sizes)
@@ -263,8 +250,7 @@ def _two_dimensional_linears(module: fx.GraphModule) -> None:
         x, shape = node.args[0], node.meta["val"].shape
         flat = insert_call(node, aten.reshape.default, (x, [-1, int(x.meta["val"].shape[-1])]))
         linear = insert_call(node, aten.linear.default, (flat, *node.args[1:]))
-        sizes = [s if isinstance(s, int) else -1 for s in shape]
-        _swap(node, insert_call(node, aten.reshape.default, (linear, sizes)))
+        _swap(node, insert_call(node, aten.reshape.default, (linear, free_sizes(shape))))
 
 
 def _fold_batch_norms(module: fx.GraphModule) -> None:
@@ -317,20 +303,22 @@ def _fold_into(module: fx.GraphModule, layer: fx.Node, factor: Tensor, shift: Te
 
 
 def _depthwise(module: fx.GraphModule, norm: fx.Node, name: str, factor: Tensor, shift: Tensor) -> fx.Node:
-    """A batch norm with no layer to fold into, as the depthwise 1x1 convolution it is."""
-    x = norm.args[0]
-    if x.meta["val"].dim() != 4:
-        raise GraphError(
-            f"the batch norm `{name}` follows no convolution or linear layer and "
-            f"has {x.meta['val'].dim()}-D input",
-            hint="fold it into the next linear layer before quantizing",
-        )
-    channels = factor.numel()
+    """A batch norm with no layer to fold into, as the depthwise 1x1 convolution it is.
+
+    What is not (N, C, H, W) is viewed as (N, C, everything else, 1).
+    """
+    x, channels = norm.args[0], factor.numel()
+    assert isinstance(x, fx.Node)
+    sizes = free_sizes(x.meta["val"].shape)
+    is_image = len(sizes) == 4
+    if not is_image:
+        rest = -1 if -1 in sizes[2:] else math.prod(sizes[2:])
+        x = insert_call(norm, aten.reshape.default, (x, [sizes[0], channels, rest, 1]))
     weight = add_constant(module, norm, f"{name}.folded_weight", factor.float().reshape(channels, 1, 1, 1))
     bias = add_constant(module, norm, f"{name}.folded_bias", shift.float())
     node = insert_call(norm, aten.conv2d.default, (x, weight, bias, [1, 1], [0, 0], [1, 1], channels))
     node.meta["affine"] = True
-    return node
+    return node if is_image else insert_call(norm, aten.reshape.default, (node, sizes))
 
 
 def _require_free_batch(module: fx.GraphModule) -> None:

@@ -244,8 +244,75 @@ def test_a_program_with_a_fixed_batch_is_refused():
 
 def test_a_program_of_another_image_size_is_refused():
     program = export_program(trained(Net(nn.ReLU())), (3, 16, 16))
-    with pytest.raises(GraphError, match=r"\(3, 16, 16\).*\(3, 8, 8\)"):
+    with pytest.raises(InputError, match=r"\(3, 16, 16\).*\(3, 8, 8\)") as caught:
         capture(program, SIZE)
+    assert "--size 16;" in caught.value.hint
+    oblong = export_program(trained(Net(nn.ReLU())), (3, 8, 16))
+    with pytest.raises(InputError) as caught:
+        capture(oblong, SIZE)
+    assert "--size 8x16;" in caught.value.hint
+
+
+class OwnStatistics(nn.Module):
+    """Normalises by the batch whatever mode it is in."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("variance", torch.ones(4))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.mean, self.variance, training=True)
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(4), OwnStatistics])
+def test_a_program_in_training_mode_is_refused(norm):
+    network = Net(nn.Sequential(nn.Dropout(), norm()))
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(network.train(), (images(2),), dynamic_shapes=({0: batch},))
+    with pytest.raises(GraphError, match=r"training mode: its batch norm `body\.1`") as caught:
+        capture(program, SIZE)
+    assert "model.eval() before torch.export.export" in caught.value.hint
+
+
+class Taken(nn.Module):
+    """Its parts are called what torch's graph modules call their own attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.code = nn.Conv2d(3, 4, 3)
+        self.graph = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.recompile = nn.Parameter(torch.ones(4, 1, 1))
+        self.register_buffer("shape_env", torch.ones(4, 1, 1), persistent=False)
+        self.meta = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.graph(self.code(x)) * self.recompile + self.shape_env
+        return self.meta(F.relu(x).mean([2, 3]))
+
+
+def test_names_that_torch_takes_for_itself(tmp_path):
+    network = trained(Taken())
+    path = tmp_path / "net.pt2"
+    program = torch.export.export(network, (images(2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, path)
+    x, names = images(3), sorted(program.state_dict)
+    for source in (network, program, torch.export.load(path), export_program(network, SIZE)):
+        module = capture(source, SIZE)
+        torch.testing.assert_close(module(x), network(x), rtol=1e-5, atol=1e-5)
+        layers = {name.partition(".")[0] for name, _ in module.named_buffers()}
+        assert layers == {"code_", "graph_", "recompile_", "shape_env_", "meta_"}
+        owners = {n.meta["owner"] for n in module.graph.nodes if n.op == "call_function"}
+        assert owners == {"code_", "graph_.1", "graph_.2", "", "meta_"}
+    assert sorted(program.state_dict) == names, "the user's program is changed"
+
+
+def test_two_names_that_would_be_one_are_refused():
+    network = nn.Sequential()
+    network.code, network.code_ = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+    with pytest.raises(GraphError, match=r"both `code\.(weight|bias)` and `code_\.\1`") as caught:
+        capture(network, SIZE)
+    assert "rename `code`" in caught.value.hint
 
 
 class SortedValues(nn.Module):

@@ -7,7 +7,6 @@ from networks import SIZE, images, targets, trained
 from torch import nn
 from torch.nn import functional as F
 
-from metaaug_cli.errors import GraphError
 from metaaug_cli.graph.capture import capture
 from metaaug_cli.graph.graph_tools import lookup
 from metaaug_cli.graph.ops import aten
@@ -90,6 +89,41 @@ def test_batch_norm_without_a_layer_before_it_is_a_depthwise_convolution():
     torch.testing.assert_close(lookup(module, "norm.folded_weight"), gamma.view(3, 1, 1, 1))
 
 
+HEADS = {
+    "rows": lambda m, x: m.layer(m.norm(x.mean([2, 3]))),
+    "rows, flattened": lambda m, x: m.wide(m.flat_norm(F.relu(x).flatten(1))),
+    "rows, last of all": lambda m, x: m.norm(F.relu(m.layer(x.mean([2, 3])))),
+    "sequence": lambda m, x: m.layer(m.norm(x.flatten(2)).mean(2)),
+    "sequence, last of all": lambda m, x: m.norm(F.relu(x).flatten(2)).flatten(1),
+    "volume": lambda m, x: m.layer(m.volume_norm(x.unsqueeze(2)).mean([2, 3, 4])),
+}
+
+
+@pytest.mark.parametrize("function", HEADS.values(), ids=HEADS.keys())
+def test_batch_norm_of_rows_and_sequences_without_a_layer_before_it(function):
+    volume_norm = nn.BatchNorm3d(3)
+    volume_norm.running_mean.copy_(torch.tensor([0.3, -0.2, 0.1]))
+    volume_norm.running_var.copy_(torch.tensor([0.5, 2.0, 1.2]))
+    network = trained(
+        Body(
+            function,
+            norm=nn.BatchNorm1d(3),
+            flat_norm=nn.BatchNorm1d(192),
+            volume_norm=volume_norm,
+            layer=nn.Linear(3, 3),
+            wide=nn.Linear(192, 2),
+        )
+    )
+    module = capture(network, SIZE)
+    for count in (1, 4):
+        x = images(count)
+        torch.testing.assert_close(module(x), network(x), rtol=1e-5, atol=1e-5)
+    (affine,) = affine_nodes(module)
+    assert affine.target == aten.conv2d.default
+    assert affine.args[-1] == affine.meta["val"].shape[1], "not depthwise"
+    assert not any("batch_norm" in name for name in targets(module))
+
+
 def test_batch_norm_of_a_shared_result_is_not_folded():
     """The convolution's own output is read as well, so folding would change it."""
 
@@ -139,12 +173,6 @@ class Untouched(nn.Module):
 
     def forward(self, x):
         return F.batch_norm(x, self.mean, self.variance, eps=self.inner.eps)
-
-
-def test_batch_norm_of_tokens_without_a_layer_is_refused_by_name():
-    network = trained(Body(lambda m, x: m.strange(x.flatten(2)).mean(2), strange=nn.BatchNorm1d(3)))
-    with pytest.raises(GraphError, match="`strange`"):
-        capture(network, SIZE)
 
 
 def test_silu_is_a_product_with_a_sigmoid():
@@ -226,6 +254,30 @@ def test_named_padding_becomes_numbers(layer, expected):
     assert targets(module) == expected
     conv = next(n for n in module.graph.nodes if n.target == aten.conv2d.default)
     assert all(isinstance(p, int) for p in conv.args[4])
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.Conv1d(3, 4, 3, padding="same"), ["conv1d"]),
+        (nn.Conv1d(3, 4, 5, padding="same", dilation=2, groups=1, bias=False), ["conv1d"]),
+        (nn.Conv1d(3, 4, 4, padding="same"), ["constant_pad_nd", "conv1d"]),
+        (nn.Conv1d(3, 4, 3, padding="valid", stride=2), ["conv1d"]),
+        (nn.Conv1d(3, 4, 3, padding="valid"), ["conv1d"]),
+    ],
+)
+@pytest.mark.parametrize("norm", [False, True])
+def test_named_padding_becomes_numbers_in_one_dimension(layer, expected, norm):
+    network = trained(
+        Body(
+            lambda m, x: m.norm(m.layer(x.flatten(2))),
+            layer=layer,
+            norm=nn.BatchNorm1d(4) if norm else nn.Identity(),
+        )
+    )
+    module, x = capture(network, SIZE), images(3)
+    torch.testing.assert_close(module(x), network(x), rtol=1e-5, atol=1e-5)
+    assert targets(module) == ["reshape", *expected]
 
 
 def test_constant_arithmetic_is_done_once():
