@@ -76,7 +76,7 @@ def export_program(network: nn.Module | ExportedProgram, input_size: tuple[int, 
         InputError: It does not run on images of this size either.
     """
     if isinstance(network, ExportedProgram):
-        return _with_free_names(network)
+        return with_free_names(network)
     required = _required_inputs(network)
     if required is not None and required != 1:
         raise _wrong_input_count(required)
@@ -87,7 +87,7 @@ def export_program(network: nn.Module | ExportedProgram, input_size: tuple[int, 
             program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # torch.export raises many kinds; all mean "cannot be traced"
         raise _does_not_run(network, example) or _untraceable(error) from error
-    return _with_free_names(program)
+    return with_free_names(program)
 
 
 def _required_inputs(network: nn.Module) -> int | None:
@@ -244,7 +244,7 @@ def _require_eval_mode(program: ExportedProgram) -> None:
         )
 
 
-def _with_free_names(program: ExportedProgram) -> ExportedProgram:
+def with_free_names(program: ExportedProgram) -> ExportedProgram:
     """The program under names that a graph module can hold; itself where it has no others.
 
     Raises:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from metaaug_cli.errors import InputError, MetaAugError
+from metaaug_cli.graph.capture import with_free_names
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -103,6 +104,7 @@ def torch_predictor(module: nn.Module) -> Predictor:
 
 def program_predictor(program: ExportedProgram) -> Predictor:
     """Run an exported program, whatever batch size it was exported with."""
+    program = with_free_names(program)
     name = program.graph_signature.user_inputs[0]
     value = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
     batch = value.shape[0]
