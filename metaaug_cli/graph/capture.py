@@ -27,6 +27,7 @@ from metaaug_cli.graph.names import free_name
 from metaaug_cli.graph.normalize import normalize
 
 _TRAINING_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
+_BATCH_NORM_OF_NOTHING = torch.ops.aten._native_batch_norm_legit.no_stats
 _LARGEST_BATCH = 1 << 16
 _LONGEST_SUMMARY = 300
 
@@ -241,6 +242,11 @@ def _require_eval_mode(program: ExportedProgram) -> None:
             f"the network is in training mode: its batch norm `{name}` uses the statistics of each batch",
             hint="call model.eval() before torch.export.export; a forward of your own must say "
             "training=self.training, not training=True",
+        )
+    if program.graph.find_nodes(op="call_function", target=_BATCH_NORM_OF_NOTHING):
+        raise GraphError(
+            "the network has a batch norm that stores no statistics and takes those of each batch",
+            hint="integers need fixed ones: train with track_running_stats=True",
         )
 
 

@@ -265,6 +265,13 @@ class OwnStatistics(nn.Module):
         return F.batch_norm(x, self.mean, self.variance, training=True)
 
 
+def test_a_batch_norm_without_statistics_is_refused():
+    network = Net(nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    with pytest.raises(GraphError, match="stores no statistics") as caught:
+        capture(network, images(1).shape[1:])
+    assert "track_running_stats=True" in caught.value.hint
+
+
 @pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(4), OwnStatistics])
 def test_a_program_in_training_mode_is_refused(norm):
     network = Net(nn.Sequential(nn.Dropout(), norm()))
