@@ -44,7 +44,13 @@ def capture(network: nn.Module | ExportedProgram, input_size: tuple[int, int, in
             a program in training mode.
         InputError: It does not run on images of this size.
     """
-    return normalize(capture_unfolded(network, input_size))
+    module = capture_unfolded(network, input_size)
+    if module.graph.find_nodes(op="call_function", target=_BATCH_NORM_OF_NOTHING):
+        raise GraphError(
+            "the network has a batch norm that stores no statistics and takes those of each batch",
+            hint="integers need fixed ones: train with track_running_stats=True",
+        )
+    return normalize(module)
 
 
 def capture_unfolded(
@@ -242,11 +248,6 @@ def _require_eval_mode(program: ExportedProgram) -> None:
             f"the network is in training mode: its batch norm `{name}` uses the statistics of each batch",
             hint="call model.eval() before torch.export.export; a forward of your own must say "
             "training=self.training, not training=True",
-        )
-    if program.graph.find_nodes(op="call_function", target=_BATCH_NORM_OF_NOTHING):
-        raise GraphError(
-            "the network has a batch norm that stores no statistics and takes those of each batch",
-            hint="integers need fixed ones: train with track_running_stats=True",
         )
 
 
