@@ -99,7 +99,7 @@ def _settings(key: dict[str, Any]) -> list[str]:
         f"quantization.placement={key['placement']}",
         f"reconstruction.method={key['method']}",
         f"reconstruction.iterations={key['iterations']}",
-        f"quantization.stem_output_bits={key.get('stem', 'same')}",
+        *([f"quantization.stem_output_bits={key['stem']}"] if "stem" in key else []),
         f"reconstruction.lr_scale={key.get('lr_scale', 'auto')}",
         "augmentation.kind=none",
     ]

@@ -233,7 +233,7 @@ def settings(key: Key) -> list[str]:
         f"quantization.weight_bits={key['bits'][1]}",
         f"quantization.act_bits={key['bits'][3]}",
         "quantization.placement=academic",
-        f"quantization.stem_output_bits={key.get('stem', 'same')}",
+        *([f"quantization.stem_output_bits={key['stem']}"] if "stem" in key else []),
         f"reconstruction.iterations={key['iterations']}",
         *_CHANGES[key["variant"]],
     ]

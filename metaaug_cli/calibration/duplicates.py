@@ -90,9 +90,8 @@ class DuplicateFinder:
             return f"near-duplicate of {twin}"
         self._exact[new.digest] = name
         if new.bits is not None and new.thumbnail is not None:
-            if len(self._names) == len(
-                self._bits
-            ):  # doubled, since a set that is copied for each picture is slow
+            if len(self._names) == len(self._bits):
+                # Doubled: copying the set for each picture takes a time that grows with its square.
                 self._bits = np.concatenate([self._bits, np.empty_like(self._bits)])
             self._bits[len(self._names)] = new.bits
             self._names.append(name)

@@ -2,31 +2,10 @@
 
 import pytest
 import torch
-from networks import images, searched, trained
-from torch import nn
+from file_parity import Between, assert_file_computes_what_is_simulated
 from torch.nn import functional as F
 
-from metaaug_cli.deployment.deploy import deploy
-from metaaug_cli.deployment.export import export_onnx
-from metaaug_cli.deployment.manifest import Manifest
-from metaaug_cli.graph.capture import capture
-from metaaug_cli.graph.placement import Bits
-from metaaug_cli.verification.parity import check_parity
-
 SIZE = (3, 16, 16)
-
-
-class Net(nn.Module):
-    """Convolution, ``change``, convolution, logits."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 5)
-        self.change = change
-
-    def forward(self, x):
-        x = F.relu(self.second(self.change(F.relu(self.first(x)))))
-        return self.head(x.mean((2, 3)))
 
 
 def spatial_attention(x):
@@ -45,13 +24,5 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_file_computes_what_is_simulated(name, tmp_path):
-    module = capture(trained(Net(CHANGES[name])), SIZE)
-    batch = images(24, SIZE)
-    graph = deploy(searched(module, Bits(8, 8), "integer", batch))
-    path = tmp_path / "net.onnx"
-    manifest = Manifest(model="net", placement="integer", method="nearest")
-    export_onnx(graph, input_size=SIZE, path=path, manifest=manifest)
-    parity = check_parity(path, graph, [images(20, SIZE, seed=2)], reference=True)
-    assert parity.passed, parity.verdict()
-    wanted = module(batch)
-    assert (graph(batch) - wanted).abs().max() < 0.25 * wanted.std()
+    network = Between(lambda x: CHANGES[name](F.relu(x)), kernel=3)
+    assert_file_computes_what_is_simulated(network, SIZE, tmp_path)
