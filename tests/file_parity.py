@@ -16,7 +16,7 @@ from metaaug_cli.verification.parity import check_parity
 
 
 class Between(nn.Module):
-    """Convolution, ``change``, convolution, logits; no ReLU before the change, so that grids have a zero inside."""
+    """Convolution, ``change``, convolution, logits; without a ReLU before it, grids have a zero inside."""
 
     def __init__(self, change, kernel=1):
         super().__init__()
