@@ -102,8 +102,8 @@ class Quantization(Section):
     )
     stem_output_bits: Bits | Literal["same"] | None = Field(
         default=8,
-        description="Bits of the first layer's output. At few bits it costs accuracy, so that the default is 8, "
-        "as in Genie's code; `same` (`null` in older recipes) uses `act_bits`.",
+        description="Bits of the first layer's output. At few bits it costs accuracy, so that the default "
+        "is 8, as in Genie's code; `same` (`null` in older recipes) uses `act_bits`.",
     )
     placement: Literal["integer", "full", "academic"] = Field(
         default="integer",
