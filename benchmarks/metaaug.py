@@ -3,11 +3,12 @@
 All variants of a suite see the same calibration sets (seed = set) and are evaluated in ONNX Runtime on the
 same test images, so that differences are paired. Suites: main (32 images, every variant, 500 iterations),
 images (8 to 512 images, W2A2 and W2A4, 200 iterations, also with images made from the network beside
-them), published (32 images, the second layer's input at 8 bits as in the published code), long (the same
-with 2 000 iterations), ablation (weights, preservation, inner steps, epsilon, fixed kinds), mobilenet (64 and
-512 images of 224 px, 60 iterations), mobilenet-128 (the same at 128 px with 200, and W2A4 with 2 000),
-mobilenet-few (128 px, 32 images), mobilenet-long (at 224 px with 500, for a GPU). Finished runs are kept in
-benchmarks/results/metaaug.jsonl and not repeated.
+them), images-published (the same with the second layer's input at 8 bits, as in the published code and by
+default), published (32 images there), long (the same with 2 000 iterations), ablation (weights,
+preservation, inner steps, epsilon, fixed kinds), mobilenet (64 and 512 images of 224 px, 60 iterations),
+mobilenet-128 (the same at 128 px with 200, and W2A4 with 2 000), mobilenet-few (128 px, 32 images),
+mobilenet-long (at 224 px with 500, for a GPU). Finished runs are kept in benchmarks/results/metaaug.jsonl
+and not repeated.
 """
 
 from __future__ import annotations
@@ -40,8 +41,17 @@ _PLAIN, _PLAIN_BOTH, _PLAIN_64 = (
     "genie, 64 images from plain noise too",
 )
 _REAL_512 = "genie, 512 real images instead"
+_POOL_64, _POLICY_POOL_64 = "pool, 64 copies each", "policy+pool, 64 copies each"
+_COMBINED = _POLICY_POOL, _POOL_BOTH, _POLICY_POOL_BOTH, *_ = (
+    "policy+pool",
+    "pool, 256 synthetic images too",
+    "policy+pool, 256 synthetic images too",
+    _POOL_64,
+    _POLICY_POOL_64,
+)
 # What stands beside the real images: where they come from (see data_free.py), and how many.
-_MADE = {_SYNTHETIC: ("dgh", 256), _BOTH: ("dgh", 256), _SYNTHETIC_64: ("dgh", 64)}
+_MADE = dict.fromkeys((_SYNTHETIC, _BOTH, _POOL_BOTH, _POLICY_POOL_BOTH), ("dgh", 256))
+_MADE |= {_SYNTHETIC_64: ("dgh", 64)}
 _MADE |= {p: ("dgh from plain noise", n) for p, n in ((_PLAIN, 256), (_PLAIN_BOTH, 256), (_PLAIN_64, 64))}
 _SMALL = ["metaaug.batch_size=16", "metaaug.val_batch_size=32"]
 _POLICY = ["metaaug.form=policy", "metaaug.steps=50", "metaaug.base_width=16", *_SMALL]
@@ -62,6 +72,11 @@ VARIANTS: dict[str, list[str]] = {
     _REAL_512: ["augmentation.kind=none"],
     "genie, twice the iterations": ["augmentation.kind=none"],
     "policy+flip+crop": [f"{_LEARNED}+flip+crop", *_POLICY],
+    _POLICY_POOL: [f"{_LEARNED}+{_POOL}", *_POLICY],
+    _POOL_64: [f"augmentation.kind={_POOL}", "augmentation.copies=64"],
+    _POLICY_POOL_64: [f"{_LEARNED}+{_POOL}", *_POLICY, "augmentation.copies=64"],
+    _POOL_BOTH: [f"augmentation.kind={_POOL}"],
+    _POLICY_POOL_BOTH: [f"{_LEARNED}+{_POOL}", *_POLICY],
     "residual": [_LEARNED, *_RESIDUAL],
     "residual, validation off": [_LEARNED, *_RESIDUAL, _VALIDATION_OFF],
     "residual+pool": [f"{_LEARNED}+{_POOL}", *_RESIDUAL],
@@ -83,13 +98,15 @@ def _published(keys: list[Key]) -> list[Key]:
 
 def main_table() -> list[Key]:
     """W2A2, 32 images: every claim that needs five paired calibration sets, the most telling first."""
-    return [_key(variant, seed=seed) for variant in VARIANTS if variant != _REAL_512 for seed in _SETS]
+    elsewhere = (_REAL_512, *_COMBINED)
+    return [_key(variant, seed=seed) for variant in VARIANTS if variant not in elsewhere for seed in _SETS]
 
 
 def published() -> list[Key]:
     """W2A2, 32 images in the published code's placement, and what 512 real images would gain."""
     variants = ("genie", "policy", "mixup", "pool", _SYNTHETIC, _REAL_512)
-    return _published([_key(variant, seed=seed) for seed in _SETS for variant in variants])
+    each = [(seed, v) for found in (variants, _COMBINED) for seed in _SETS for v in found]
+    return _published([_key(variant, seed=seed) for seed, variant in each])
 
 
 def long() -> list[Key]:
@@ -127,6 +144,21 @@ def images() -> list[Key]:
         for bits, num, variants in cells
         for variant in variants
     ]
+
+
+def images_published() -> list[Key]:
+    """From few images to many in the published code's placement, which is the default; set by set."""
+    few, usual = ("genie", "pool", "policy", _SYNTHETIC), ("genie", "policy")
+    counts = {"w2a2": (32, 8, 128, 512, 64, 256), "w2a4": (32, 512, 8, 128)}
+    return _published(
+        [
+            _key(variant, bits=bits, num=num, seed=seed, iterations=_SHORT)
+            for bits, numbers in counts.items()
+            for seed in _SETS
+            for num in numbers
+            for variant in (few if num in (8, 32, 128) else usual)
+        ]
+    )
 
 
 def ablation() -> list[Key]:
@@ -217,6 +249,7 @@ _CHANGES = VARIANTS | ABLATION | MOBILENET_VARIANTS | FEW_VARIANTS
 SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
     "main": (resnet20, main_table),
     "images": (resnet20, images),
+    "images-published": (resnet20, images_published),
     "published": (resnet20, published),
     "long": (resnet20, long),
     "ablation": (resnet20, ablation),
