@@ -116,7 +116,7 @@ def quantize(
     calibration: CalibrationSet,
     *,
     recipe: Recipe,
-    run_dir: Path | None = None,
+    run_dir: Path | str | None = None,
     resume: bool = False,
     device: str = "auto",
     cache_gb: float | None = None,
@@ -152,7 +152,7 @@ def quantize(
     require_finite(chain, calibration.images)
 
     info = _run_info(model, calibration, recipe, chain, str(target), command)
-    directory = RunDirectory(run_dir) if run_dir else None
+    directory = RunDirectory(Path(run_dir)) if run_dir else None
     done = directory.start(info, recipe, program, resume=resume) if directory else 0
 
     progress.planned(len(chain.blocks), _steps_per_block(recipe))
@@ -317,8 +317,10 @@ def pick_device(name: str) -> torch.device:
     """The device for "auto" (CUDA where there is one), "cpu" or "cuda".
 
     Raises:
-        UsageError: CUDA was asked for and is not there.
+        UsageError: It is none of them, or CUDA was asked for and is not there.
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"{name!r} is not a device", hint="use auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "--device cuda: torch sees no CUDA device", hint="use --device cpu, or --device auto"

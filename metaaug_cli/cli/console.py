@@ -1,4 +1,4 @@
-"""The one place that prints: results on stdout, everything else on stderr, readable in 80 columns.
+"""How commands print: results on stdout, everything else on stderr, readable in 80 columns.
 
 On a terminal progress is a bar with the time left; anywhere else (a CI log, a pipe) it is now and then
 one plain line. Meaning never rests on colour alone, and ``NO_COLOR`` is respected.
@@ -11,7 +11,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -57,16 +57,16 @@ class InterruptedRunError(MetaAugError):
 
 
 @contextmanager
-def resume_hint(hint: str) -> Iterator[None]:
+def resume_hint(hint: Callable[[], str]) -> Iterator[None]:
     """Turn Ctrl-C inside the block into an error that says how to continue.
 
     Args:
-        hint: What was kept and the command that goes on from there.
+        hint: Gives what was kept by then, and the command that goes on from there.
     """
     try:
         yield
     except KeyboardInterrupt as exc:
-        raise InterruptedRunError("interrupted", hint=hint) from exc
+        raise InterruptedRunError("interrupted", hint=hint()) from exc
 
 
 @contextmanager
@@ -87,6 +87,9 @@ class Console:
         quiet: Drop notes and progress; results, warnings and errors stay.
         json: ``True`` or ``"-"`` gives stdout to :meth:`data` alone, so that tables move to stderr;
             any other string is the file that :meth:`data` writes, and the terminal stays as it is.
+
+    Raises:
+        UsageError: ``json`` is empty, or the folder of its file does not exist.
     """
 
     def __init__(self, *, quiet: bool = False, json: bool | str | None = False) -> None:

@@ -178,7 +178,12 @@ def synthesize(
             f"{format_seconds(seconds)}; fewer --iterations or --num take less"
         )
     again = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    hint = f"continue with\nmetaaug {shlex.join(again)} --resume"
+
+    def hint() -> str:
+        if not state.exists():
+            return f"nothing is kept yet; begin again with\nmetaaug {shlex.join(again)}"
+        return f"continue with\nmetaaug {shlex.join([*again, '--resume'])}"
+
     history, started = SynthesisHistory(), time.monotonic()
     with resume_hint(hint), console.progress("making images") as tick:
         made = synthesize_calibration_set(

@@ -46,6 +46,7 @@ INSPECT_EPILOG = """\
   metaaug inspect r18.onnx --json | jq .manifest.metrics"""
 
 _NAMED_NODES = 6
+_OLDEST_OPSET, _OLDEST_IR = 21, 10  # the greatest that ONNX Runtime 1.20 reads
 
 
 class Pack(StrEnum):
@@ -94,7 +95,8 @@ BenchOpt = Annotated[
     bool,
     typer.Option(
         "--bench",
-        help="Time float and every form on this machine: one thread, batch 1 and 8, as ratios to float.",
+        help="Time float and the forms int8, packed and native (of W8A8 only int8) on this machine: one "
+        "thread, batch 1 and 8, as ratios to float.",
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]
@@ -171,11 +173,15 @@ def export(
 
 
 def _chosen_pack(pack: Pack | None, target: Release | None, manifest: Manifest) -> PackMode:
+    """What to export; ``packed`` for a release without kernels for 2 bits is storage in 4 bits."""
     from metaaug_cli.deployment.runtimes import choose_pack
 
-    if pack is not None:
-        return pack.value
-    return "int8" if target is None else choose_pack(set(manifest.weight_bits.values()), target)
+    if target is None:
+        return "int8" if pack is None else pack.value
+    smallest = choose_pack(set(manifest.weight_bits.values()), target)
+    if pack is None or (pack is Pack.PACKED and smallest == "packed4"):
+        return smallest
+    return pack.value
 
 
 def _show_target(console: Console, target: Release) -> None:
@@ -302,6 +308,8 @@ def _show_header(console: Console, summary: OnnxSummary) -> None:
     loads = f"ONNX Runtime {summary.least_onnxruntime} or later (1.20 is the oldest tried)"
     if summary.unknown_operators:
         loads = f"nothing without a library for {', '.join(summary.unknown_operators)}"
+    elif summary.manifest is None and (summary.opset > _OLDEST_OPSET or summary.ir_version > _OLDEST_IR):
+        loads += ", as far as its codes go; its opset may need a newer one"
     rows: list[tuple[str, object]] = [
         ("size", f"{_megabytes(summary.size_bytes)}, {versions}"),
         ("written by", summary.producer),

@@ -85,13 +85,16 @@ def _show_blocks(console: Console, title: str, rows: list[PlanRow]) -> None:
 
 
 def _synthesis_seconds(loaded: LoadedModel, recipe: Recipe, device: str) -> float:
-    """What making the recipe's synthetic images takes where they are not kept yet; 0 for none."""
+    """What making the recipe's synthetic images takes; 0 for none, and where they are kept from before."""
     from metaaug_cli.learning_images import synthesis_of
     from metaaug_cli.pipeline import pick_device
+    from metaaug_cli.synthesis.cache import is_cached
     from metaaug_cli.synthesis.dgh import estimate_seconds
 
-    settings = synthesis_of(recipe)
-    return 0.0 if settings is None else estimate_seconds(loaded, settings, device=pick_device(device))
+    settings, chosen = synthesis_of(recipe), pick_device(device)
+    if settings is None or is_cached(loaded, settings, device=chosen):
+        return 0.0
+    return estimate_seconds(loaded, settings, device=chosen)
 
 
 def _teaching(calibration: CalibrationSet, recipe: Recipe) -> TeachingPlan | None:

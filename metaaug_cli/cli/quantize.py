@@ -153,10 +153,7 @@ def quantize(
         show_plan(console, loaded, calibration, resolved, device)
         return
     run_dir = _run_directory(out, loaded.name, resolved, resume=resume)
-    continue_with = f"metaaug {shlex.join(_without_resume(sys.argv[1:]))} --resume"
-    if out is None:
-        continue_with += f" --out {run_dir}"
-    with resume_hint(f"finished blocks are kept; continue with\n{continue_with}"), _log_file(run_dir):
+    with resume_hint(lambda: _how_to_continue(run_dir, named=out is not None)), _log_file(run_dir):
         _run(console, loaded, calibration, resolved, run_dir, device=device, cache_gb=cache_gb, resume=resume)
 
 
@@ -268,8 +265,15 @@ def _run_directory(out: Path | None, name: str, recipe: Recipe, *, resume: bool)
     return runs[-1]
 
 
-def _without_resume(arguments: list[str]) -> list[str]:
-    return [a for a in arguments if a != "--resume"]
+def _how_to_continue(run_dir: Path, *, named: bool) -> str:
+    """What is kept and the command that goes on, with the run's directory where ``--out`` did not name it."""
+    from metaaug_cli.runs.artifacts import RunDirectory
+
+    again = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    command = f"metaaug {shlex.join([*again, *([] if named else ['--out', str(run_dir)]), '--resume'])}"
+    finished = RunDirectory(run_dir).finished_blocks
+    kept = f"{finished} finished block{'s are' if finished > 1 else ' is'} kept" if finished else ""
+    return f"{kept or 'no block was finished yet'}; continue with\n{command}"
 
 
 @contextmanager

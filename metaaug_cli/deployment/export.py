@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import onnx
 import onnx_ir as ir
@@ -22,7 +23,7 @@ from metaaug_cli.deployment.packing import PackMode
 from metaaug_cli.deployment.qdq_ops import translation_table
 from metaaug_cli.deployment.runtimes import Release, require_integer
 from metaaug_cli.deployment.simulation import IntegerSimulation
-from metaaug_cli.errors import GraphError
+from metaaug_cli.errors import GraphError, UsageError
 from metaaug_cli.files import write_atomically
 
 OPSET, IR_VERSION = 21, 10
@@ -51,7 +52,7 @@ def export_onnx(
     module: nn.Module,
     *,
     input_size: tuple[int, int, int],
-    path: Path,
+    path: Path | str,
     manifest: Manifest,
     pack: PackMode = "int8",
     reduce_range: bool = False,
@@ -72,8 +73,11 @@ def export_onnx(
     Raises:
         GraphError: The module cannot be exported, or the file does not pass the ONNX checker.
         InputError: The file cannot be written.
-        UsageError: The target cannot run what ``pack`` asks for; nothing is written.
+        UsageError: ``pack`` is unknown, or the target cannot run what it asks for; nothing is written.
     """
+    if pack not in get_args(PackMode):
+        raise UsageError(f"pack {pack!r} is unknown", hint=f"use one of: {', '.join(get_args(PackMode))}")
+    path = Path(path)
     proto = ir.to_proto(build_model(module, input_size))
     packing = packing_passes.pack(proto, pack, reduce_range=reduce_range)
     if target is not None:

@@ -93,7 +93,8 @@ class OnnxSummary:
         layers: Quantized weights in graph order.
         activations: Activation quantizers in graph order.
         float_layers: Convolutions and linear layers whose weights are float.
-        least_onnxruntime: Oldest ONNX Runtime release it loads in, where it knows all operators.
+        least_onnxruntime: Oldest ONNX Runtime release that reads the types of its codes; operators, opset and
+            IR version may need a newer one.
         unknown_operators: Operators that neither ONNX nor ONNX Runtime defines.
         saturating: Layers that need a session option on x86 without VNNI.
     """

@@ -1,6 +1,6 @@
 """What each ONNX Runtime release can do with codes under 8 bits, as measured by ``make matrix``.
 
-One table of facts; ``tests/unit/test_runtimes.py`` holds it against the measurements in
+One table of facts; ``tests/unit/deployment/test_runtimes.py`` holds it against the measurements in
 ``benchmarks/results/runtime-matrix.json``.
 """
 
@@ -117,7 +117,7 @@ def require_integer(model: onnx.ModelProto, release: Release) -> None:
         raise UsageError(
             f"--target-ort {target}: {support.name} need ONNX Runtime "
             f"{format_release(support.integer or support.exact)}; "
-            f"older releases {support.before}",
+            f"releases before {format_release(support.exact)} {support.before}",
             hint=hint,
         )
     for support in (SUPPORT[key] for key in stored if not _runs(SUPPORT[key], release)):

@@ -88,6 +88,11 @@ class RunDirectory:
         """Whether a run was begun here; one that failed before its first block leaves only a log."""
         return (self.path / RUN_FILE).exists()
 
+    @property
+    def finished_blocks(self) -> int:
+        """How many blocks are done and kept."""
+        return len(list(self.path.glob("blocks/*.json")))
+
     def is_free(self) -> bool:
         """Whether a new run can be written here."""
         try:
@@ -138,10 +143,13 @@ class RunDirectory:
             _warn_of_changes(before, info)
         try:
             (self.path / "blocks").mkdir(parents=True, exist_ok=True)
+            if (self.path / AUGMENTATION).exists():
+                (self.path / AUGMENTATION).mkdir(exist_ok=True)  # a file of that name is noticed now
             self._forget(info.blocks, done)
         except OSError as error:
             raise InputError(
-                f"cannot make {self.path}: {error.strerror}", hint="choose a writable --out"
+                f"cannot write {error.filename or self.path}: {error.strerror}",
+                hint="choose a writable --out, without files or folders that stand in the way",
             ) from None
         write_atomically(self.path / RECIPE_FILE, recipe.dump())
         if program is not None:

@@ -51,6 +51,12 @@ def cached_synthetic_set(
     return made
 
 
+def is_cached(model: LoadedModel, settings: SynthesisSettings, *, device: torch.device) -> bool:
+    """Whether an earlier run has made the set of ``cached_synthetic_set``."""
+    path = _path(model, settings, device)
+    return path is not None and path.exists()
+
+
 def _path(model: LoadedModel, settings: SynthesisSettings, device: torch.device) -> Path | None:
     """Where the set belongs; None where nothing can be written."""
     cache = cache_directory()

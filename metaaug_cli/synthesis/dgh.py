@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -86,6 +86,10 @@ class SynthesisSettings:
         for key in ("num", "iterations", "batch_size"):
             if getattr(self, key) < 1:
                 raise UsageError(f"{key} must be at least 1, got {getattr(self, key)}")
+        for key, known in (("stretch", get_args(Stretch)), ("start", get_args(Start))):
+            if getattr(self, key) not in known:
+                hint = f"use one of: {', '.join(known)}"
+                raise UsageError(f"{key} {getattr(self, key)!r} is unknown", hint=hint)
         if not self.rate > 0 or not math.isfinite(self.rate):
             raise UsageError(f"rate must be above 0, got {self.rate}")
 

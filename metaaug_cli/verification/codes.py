@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx
 
 from metaaug_cli.deployment.manifest import read_manifest
+from metaaug_cli.deployment.onnx_summary import load_onnx
 from metaaug_cli.deployment.onnx_view import CodeTensor, code_tensors
 from metaaug_cli.deployment.ort import open_session
 from metaaug_cli.deployment.runtimes import WITHOUT_INTEGER_KERNELS
@@ -105,14 +106,18 @@ class RuntimeCodes:
         threads: ONNX Runtime's threads.
 
     ``batch`` is the number of images that the file asks for, None where any will do.
+
+    Raises:
+        InputError: The file cannot be read or opened.
     """
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
-        self.model = onnx.load(path)
+        self.model = load_onnx(path)
         self.disturbance = 0.0
         self._input = self.model.graph.input[0].name
         sizes = self.model.graph.input[0].type.tensor_type.shape.dim
         self.batch = sizes[0].dim_value or None if sizes else None
+        self._shape = tuple(size.dim_value for size in sizes[1:])
         self._output = self.model.graph.output[0].name
         manifest = read_manifest(self.model)
         options = manifest.packing.session_options if manifest else {}
@@ -127,7 +132,16 @@ class RuntimeCodes:
         """Logits, and codes by quantizer name, of a batch of images (N, C, H, W).
 
         N is at most ``batch`` where the file fixes that.
+
+        Raises:
+            InputError: The file reads images of another shape.
         """
+        fits = zip(self._shape, images.shape[1:], strict=False)
+        if len(self._shape) != images.ndim - 1 or any(size not in (0, given) for size, given in fits):
+            raise InputError(
+                f"images of shape {images.shape[1:]} for a file that reads {self._shape}",
+                hint="prepare them for the network that was exported",
+            )
         count, missing = len(images), max((self.batch or 0) - len(images), 0)
         if missing:
             images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])

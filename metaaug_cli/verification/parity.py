@@ -4,7 +4,8 @@ Three comparisons at every activation quantizer of an exported file, on the same
 
 - free running: the simulation against the runtime, differences passing from layer to layer;
 - teacher forced (gate B): each layer of the simulation reads the runtime's codes, so a difference is its own;
-- reference (gate A): the integer executor of ``reference`` against the runtime, which must agree exactly.
+- reference (gate A): the integer executor of ``reference`` against the runtime, which must agree exactly
+  but for codes behind float operators.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Parity:
 
     @property
     def gate_a(self) -> bool:
-        """The integer reference, where it was run, agrees in every code and every top-1 class."""
+        """The integer reference, where it was run, agrees; in top-1 classes too without float operators."""
         same_classes = self.reference_top1_agreement in (None, 1.0) or not self.all_integer
         return self.first_inexact is None and same_classes
 
@@ -156,7 +157,7 @@ class Parity:
 
 
 def check_parity(
-    path: Path,
+    path: Path | str,
     module: fx.GraphModule | IntegerSimulation,
     batches: Iterable[Tensor],
     *,
@@ -178,9 +179,10 @@ def check_parity(
         progress: Called with (images done, 0) after every chunk; the total is not known.
 
     Raises:
-        InputError: There are no images, or the file is not an export of the module.
+        InputError: The file cannot be read, there are no images or some of another shape, or the file is
+            not an export of the module.
     """
-    runtime = RuntimeCodes(path, threads=threads)
+    runtime = RuntimeCodes(Path(path), threads=threads)
     executor = IntegerExecutor(runtime.model) if reference else None
     deployed = module.deployed if isinstance(module, IntegerSimulation) else module
     tally = _Tally(runtime.tensors)

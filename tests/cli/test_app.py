@@ -168,7 +168,7 @@ def test_ctrl_c_is_130(command, capsys):
 
 def test_ctrl_c_with_a_way_to_resume(command, capsys):
     def go():
-        with resume_hint("3 blocks are kept; add --resume"):
+        with resume_hint(lambda: "3 blocks are kept; add --resume"):
             raise KeyboardInterrupt
 
     command(go)

@@ -279,6 +279,7 @@ def test_a_stopped_run_keeps_its_blocks_and_says_how_to_go_on(root, tmp_path, st
     _, err = started.communicate(timeout=60)
     assert started.returncode == code
     assert "error: interrupted" in err
+    assert "no block was finished yet; continue with" in err
     assert "--resume" in err
     assert "Traceback" not in err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"

@@ -207,7 +207,7 @@ def test_format_seconds(seconds, text):
 
 
 def test_ctrl_c_says_how_to_go_on():
-    with pytest.raises(InterruptedRunError) as caught, resume_hint("metaaug quantize --resume"):
+    with pytest.raises(InterruptedRunError) as caught, resume_hint(lambda: "metaaug quantize --resume"):
         raise KeyboardInterrupt
     assert caught.value.exit_code == 130
     assert caught.value.hint == "metaaug quantize --resume"

@@ -15,7 +15,7 @@ from metaaug_cli.cli.app import main
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("export")
     (root / "net.py").write_text(classifier(5))
     namespace = {}
@@ -26,12 +26,23 @@ def run(tmp_path_factory):
     for index in range(8):
         pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "images" / f"{index}.png")
+    return root
+
+
+def quantized(root, bits):
     torch.manual_seed(0)
     arguments = ["quantize", f"{root / 'net.py'}:net", "--weights", str(root / "net.safetensors")]
     arguments += ["--calib", str(root / "images"), "--size", "12", "--mean", ".5,.5,.5", "--std", ".5,.5,.5"]
-    arguments += ["--wbits", "4", "--abits", "4", "--set", "quantization.first_last_bits=4"]
-    assert main([*arguments, "--method", "nearest", "--out", str(root / "run"), "--quiet"]) == 0
-    return root / "run"
+    arguments += ["--wbits", str(bits), "--abits", "4", "--set", f"quantization.first_last_bits={bits}"]
+    out = root / f"run-w{bits}"
+    if not out.exists():
+        assert main([*arguments, "--method", "nearest", "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(root):
+    return quantized(root, 4)
 
 
 def exported(run, capsys, *flags):
@@ -81,6 +92,14 @@ def test_a_target_gets_the_smallest_form_it_runs_as_integers(run, capsys, releas
     assert (data["pack"], data["least_onnxruntime"]) == (pack, least)
     assert data["target_onnxruntime"] == release
     assert f"ONNX Runtime {release[:4]} runs this form as integers" in shown
+
+
+@pytest.mark.parametrize(("release", "least"), [("1.24", "1.23"), ("1.25", "1.25")])
+def test_packed_for_a_release_without_2_bit_kernels_is_stored_in_4_bits(root, capsys, release, least):
+    run = quantized(root, 2)
+    capsys.readouterr()
+    _, data, _ = exported(run, capsys, "--target-ort", release, "--pack", "packed")
+    assert (data["pack"], data["least_onnxruntime"]) == ("packed", least)
 
 
 def test_a_target_newer_than_any_measured_is_a_warning(run, capsys):
@@ -141,7 +160,12 @@ def test_inspect_works_without_a_manifest(run, capsys):
     assert main(["inspect", str(bare)]) == 0
     captured = capsys.readouterr()
     assert "body" in captured.out
+    assert "opset" not in captured.out.split("loads in")[1]
     assert "no metaaug manifest" in captured.err
+    model.opset_import[0].version = 24
+    onnx.save(model, bare)
+    assert main(["inspect", str(bare)]) == 0
+    assert "its opset may need a newer one" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -62,14 +62,18 @@ def flat(text):
 
 def test_made_images_are_learned_from_beside_the_others(digits, tmp_path, capsys):
     out = tmp_path / "run"
+    assert planned_synthesis(digits, capsys) > 0
     assert main(command(digits, "--synthetic", "4", out=out)) == 0
     shown = capsys.readouterr()
     assert "4 images from the network's batch norms" in flat(shown.err)
     assert "on 44 calibration images" in flat(shown.out)
     assert yaml.safe_load((out / "recipe.yaml").read_text())["calibration"]["synthetic"] == 4
+    assert planned_synthesis(digits, capsys) == 0.0  # they are kept
 
+
+def planned_synthesis(digits, capsys):
     assert main(command(digits, "--synthetic", "4", "--plan", "--json")) == 0
-    assert json.loads(capsys.readouterr().out)["synthesis_seconds"] > 0
+    return json.loads(capsys.readouterr().out)["synthesis_seconds"]
 
 
 @pytest.mark.parametrize(
@@ -350,4 +354,6 @@ def test_ctrl_c_keeps_finished_blocks_and_names_the_command_that_continues(digit
     assert "--resume" in rest
     assert f"--out {out}".replace(" ", "") in "".join(rest.split())
     assert read_info(out)["status"] == "running"
-    assert len(list((out / "blocks").glob("*.json"))) >= 1
+    finished = len(list((out / "blocks").glob("*.json")))
+    assert finished >= 1
+    assert f"{finished} finished block" in rest

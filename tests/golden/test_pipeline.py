@@ -271,6 +271,8 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="no CUDA device"):
         pick_device("cuda")
+    with pytest.raises(UsageError, match="'mps' is not a device"):
+        pick_device("mps")
     assert pick_device("auto") == torch.device("cpu")
 
 

@@ -10,7 +10,7 @@ from metaaug_cli.deployment.export import export_onnx
 from metaaug_cli.deployment.manifest import read_manifest
 from metaaug_cli.deployment.ort import count_kernels, open_session
 from metaaug_cli.deployment.simulation import IntegerSimulation
-from metaaug_cli.errors import GraphError, InputError
+from metaaug_cli.errors import GraphError, InputError, UsageError
 
 INTEGER_KINDS = {"Conv": 5, "Add": 1, "MaxPool": 1, "GlobalAveragePool": 1, "Gemm": 1}
 
@@ -135,6 +135,12 @@ def test_what_cannot_be_exported_is_an_error(module, networks, manifest, tmp_pat
         export_onnx(module, input_size=networks.SIZE, path=path, manifest=manifest)
     assert caught.value.hint
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_pack_is_a_clear_error(networks, manifest, tmp_path):
+    path = str(tmp_path / "m.onnx")
+    with pytest.raises(UsageError, match="'4bit' is unknown"):
+        export_onnx(networks.Middle(), input_size=networks.SIZE, path=path, manifest=manifest, pack="4bit")
 
 
 def test_missing_folder_is_an_input_error(networks, manifest, tmp_path):

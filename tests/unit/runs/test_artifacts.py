@@ -125,8 +125,20 @@ def test_block_files_stay_inside_their_folder(started):
 
 def test_an_unwritable_place_is_a_clear_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot make"):
+    with pytest.raises(InputError, match="cannot write"):
         RunDirectory(tmp_path / "file" / "run").start(INFO, Recipe(), None, resume=False)
+
+
+def test_a_file_in_the_place_of_the_augmenters_folder_is_a_clear_error(started):
+    (started.path / "augmentation").touch()
+    with pytest.raises(InputError, match=r"cannot write .*augmentation"):
+        started.start(INFO, Recipe(), None, resume=True)
+
+
+def test_a_folder_in_the_place_of_a_blocks_file_is_a_clear_error(started):
+    started.block_path(0, INFO.blocks[0], ".json").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*json"):
+        started.start(INFO, Recipe(), None, resume=True)
 
 
 def test_blocks_travel_through_their_files(started):

@@ -327,7 +327,17 @@ def test_stretching_without_logits_is_refused():
     assert len(make(of=of, stretch="off").images) == 5
 
 
-@pytest.mark.parametrize("wrong", [{"num": 0}, {"iterations": 0}, {"batch_size": 0}, {"rate": math.nan}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num": 0},
+        {"iterations": 0},
+        {"batch_size": 0},
+        {"rate": math.nan},
+        {"stretch": "much"},
+        {"start": "white"},
+    ],
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         SynthesisSettings(**wrong)

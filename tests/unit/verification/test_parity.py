@@ -104,6 +104,18 @@ def test_another_networks_file_is_refused(exported, networks):
         check_parity(exported("W4A4")[1], graph, [networks.images(2)])
 
 
+def test_a_file_that_is_not_there_is_a_clear_error(exported, networks, tmp_path):
+    with pytest.raises(InputError, match="cannot read"):
+        check_parity(str(tmp_path / "no.onnx"), exported("W4A4")[0], [networks.images(2)])
+
+
+def test_images_of_another_size_are_a_clear_error(exported):
+    graph, path = exported("W4A4")
+    for shape in ((2, 3, 8, 8), (2, 1, 16, 16)):
+        with pytest.raises(InputError, match="for a file that reads"):
+            check_parity(path, graph, [torch.zeros(shape)])
+
+
 def test_no_images_is_an_error(exported):
     graph, path = exported("W4A4")
     with pytest.raises(InputError, match="no images"):
