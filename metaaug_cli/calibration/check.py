@@ -80,7 +80,7 @@ class Check:
         images: How many images were looked at.
         grey_share: Fraction of them without colour; ``None`` for a grey network.
         classes: Effective number of classes the network predicts (exponential of the entropy); ``None``
-            where its output is not one vector an image.
+            where its output is not one vector an image, or for fewer than 3 outputs or 2 images.
         classes_expected: As many different ones as that many random images would be expected to show.
     """
 
@@ -129,6 +129,9 @@ def check_calibration_set(
         expected: The preprocessing the model states, if it states one.
         num: Look at so many of the images at most, the first ones.
         progress: Called with (images done, images in all).
+
+    Raises:
+        InputError: The network computes NaN or infinite values of them.
     """
     images = calibration.images[:num]
     statistics = collect(probe.module, images, progress=progress)

@@ -23,7 +23,7 @@ from metaaug_cli.errors import InputError, UsageError
 from metaaug_cli.graph.bn_statistics import BatchNormProbe
 
 SPLITS = 20
-"""Random halvings of the first set that every distance is averaged over."""
+"""Random halvings of the first set; the distances between sets and between halves are averaged over them."""
 
 _FEWEST = 4
 
@@ -53,7 +53,7 @@ class Comparison:
         halves: Between two halves of the first set.
         farther: In how many of ``splits`` halvings the sets were farther apart than the halves.
         splits: Number of random halvings.
-        images: Images on each side of every distance.
+        images: Images on each side of every distance but the next two, which take all images of their set.
         first_to_stored: Distance of the first set from the network's training images, chance taken off.
         second_to_stored: Likewise of the second.
         layers: Per layer, in execution order.
@@ -96,7 +96,7 @@ def compare_sets(
         progress: Called with (images done, images in all).
 
     Raises:
-        InputError: The images of the sets differ in size.
+        InputError: The images of the sets differ in size, or the network computes NaN or infinite values.
         UsageError: Too few images to halve.
     """
     images = first.images[:num], second.images[:num]

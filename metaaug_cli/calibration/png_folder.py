@@ -27,7 +27,9 @@ def require_empty(folder: Path) -> None:
 
 
 def write_pngs(calibration: CalibrationSet, folder: Path) -> None:
-    """Write every image of a set as ``SOURCE.png``, pixel for pixel where it is on the 8-bit grid.
+    """Write every image of a set as ``NAME.png``, pixel for pixel where it is on the 8-bit grid.
+
+    The name is the last part of the image's source; of images with the same one the last is kept.
 
     Args:
         calibration: The set.

@@ -56,7 +56,7 @@ class Distances:
 
     Args:
         squared: (L,) squared distance of each layer.
-        jackknife: (G, L) the same without each of G groups of images; ``None`` where not asked for.
+        jackknife: (G, L) the same without each of G groups of images; ``None`` from ``distance_between``.
     """
 
     squared: Tensor

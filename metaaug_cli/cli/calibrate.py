@@ -147,9 +147,10 @@ def build(
 
     The draw is seeded and balanced over the class folders. Files that cannot
     be read and copies of images drawn before are named and replaced by
-    others; images of unusual exposure, colour or size are named. The file
-    carries its preprocessing and a content hash, so it cannot be used for a
-    model that prepares images differently.
+    others; images of unusual exposure, colour or size are named. The first
+    five of each are shown, --json has all. The file carries its
+    preprocessing and a content hash, so it cannot be used for a model that
+    prepares images differently.
 
     With --data-free no images are needed: they are made from what the
     network's batch norms remember of its training images. With --beside your

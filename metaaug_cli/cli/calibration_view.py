@@ -67,7 +67,7 @@ def probe_of(loaded: LoadedModel, calibration: CalibrationSet, alternative: str)
 
 
 def facts(calibration: CalibrationSet) -> dict[str, Any]:
-    """What ``--json`` reports of a set, in plain JSON types."""
+    """What ``calibrate build --json`` reports of a set, in plain JSON types."""
     from metaaug_cli.calibration.inspection import class_counts
 
     return {
@@ -111,7 +111,7 @@ def show(
 
 
 def warn_about(calibration: CalibrationSet, console: Console, *, wanted: int = 0) -> None:
-    """Name what was skipped or stands out, and say when there are fewer images than asked for."""
+    """Name the first five of what was skipped, left out or stands out; say when there are too few images."""
     if calibration.skipped:
         console.warn(_listed("files skipped", calibration.skipped))
     if calibration.duplicates:

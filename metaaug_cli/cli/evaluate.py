@@ -191,6 +191,9 @@ def evaluate(
     TARGET is a directory that metaaug quantize wrote, or any ONNX image
     classifier. The table compares the versions of the network on the same
     images; drops are paired, so their standard error is small.
+
+    --model, --weights and the flags on preprocessing are for an ONNX file; a
+    run directory holds its network and how images are prepared for it.
     """
     limits = _Limits(max_drop, min_agreement, parity)
     if junit is not None and not limits.any:

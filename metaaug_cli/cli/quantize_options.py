@@ -108,9 +108,10 @@ AugmentOpt = Annotated[
     typer.Option(
         "--augment",
         metavar="KIND",
-        help="Learn on changed copies too, meant for few images: none, metaaug (learned), auto (metaaug at 2 "
-        "bits), or joined by + (also after metaaug+) flip, crop, rotate, geometric, brightness, contrast, "
-        "photometric, mixup, cutmix, and trivial or rand, whole or as -geometric, -photometric.",
+        help="Learn on changed copies too, meant for few images: none, metaaug (learned), auto (the default: "
+        "metaaug at 2 bits on real images alone), or joined by + (also after metaaug+) flip, crop, rotate, "
+        "geometric, brightness, contrast, photometric, mixup, cutmix, and trivial or rand, whole or as "
+        "-geometric, -photometric.",
         rich_help_panel=METHOD_PANEL,
     ),
 ]

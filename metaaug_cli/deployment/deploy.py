@@ -20,6 +20,7 @@ def deploy(chain: Chain) -> fx.GraphModule:
 
     Weights are int8 codes with the zero point absorbed, biases int32 codes on the grid of the accumulator,
     activations pass ``metaaug::fake_quantize``. ReLU and ReLU6 before an unsigned grid are absorbed by it.
+    In academic placement the input has no grid, so the first layer's bias stays float.
 
     Raises:
         GraphError: A bias does not fit int32 on its grid.

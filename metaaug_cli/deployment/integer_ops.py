@@ -1,8 +1,8 @@
 """Integer arithmetic of the operators in a deployed graph, for ``simulation``.
 
 A handler takes an operator's arguments and returns its integer result, or None where the operator has no
-integer kernel for them and runs on floats. Sums of codes are exact whole numbers; the float32 operations on
-the way back to codes are those of ONNX Runtime's kernels.
+integer kernel for them and runs on floats; those of hard sigmoid and hard swish return floats. Sums of codes
+are exact whole numbers; the float32 operations on the way back to codes are those of ONNX Runtime's kernels.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def measure_forms(
         progress: Called with rounds done and to do.
 
     Returns:
-        By ``float`` and name of the packing; packings that leave an 8-bit network as it is are left out.
+        By ``float`` and name of the packing; those whose file is not smaller than the int8 one are left out.
     """
     manifest = Manifest(model="latency", placement="integer", method="")
     with tempfile.TemporaryDirectory() as folder:

@@ -3,8 +3,8 @@
 A cut stands at an articulation point: a place in the execution order after which one activation alone is
 alive. Residual blocks, dense layers and attention come out whole by themselves. Chains of single layers
 are then merged where one of the user's modules owns them (an inverted residual without a shortcut), and
-segments with too many layers are split at the module boundaries inside them, where several tensors pass
-from one block to the next. Nothing here looks at the name or type of a module.
+segments with too many layers are split into pieces of about as many layers each, between which several
+tensors may pass. Nothing here looks at the name or type of a module.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _split(nodes: list[fx.Node], limit: int, liveness: _Liveness) -> list[list[f
 
 
 def _starts_layer(node: fx.Node, nodes: list[fx.Node], limit: int) -> bool:
-    """A cut may come before a layer; with a wide limit only where the owning module changes too."""
+    """A cut may come before a layer; with a wide limit also where the owning module changes."""
     if limit == 1:
         flattens = node.target == aten.reshape.default and len(node.users) == 1
         return _is_layer(node) or (flattens and _is_layer(next(iter(node.users))))

@@ -314,7 +314,7 @@ def _from_timm(name: str, weights: Path | str | None) -> _Source:
     try:
         import timm
     except ImportError as exc:
-        raise InputError(f"timm:{name} needs the timm package", hint="pip install 'metaaug[timm]'") from exc
+        raise InputError(f"timm:{name} needs the timm package", hint="pip install timm") from exc
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(f'timm:{c}' for c in close)}?" if close else None

@@ -97,8 +97,8 @@ class Quantization(Section):
     )
     other_act_bits: Bits | Literal["same"] = Field(
         default=8,
-        description="Bits of the tensors that only `integer` placement quantizes (branches before an "
-        "addition, pools, network input and output); `same` uses `act_bits`.",
+        description="Bits of the tensors that `integer` placement quantizes besides the inputs of layers "
+        "(branches before an addition, pools, network output); `same` uses `act_bits`.",
     )
     stem_output_bits: Bits | Literal["same"] | None = Field(
         default=8,
@@ -108,9 +108,9 @@ class Quantization(Section):
     placement: Literal["integer", "full", "academic"] = Field(
         default="integer",
         description="`integer` quantizes every tensor, so that the whole network runs on integer kernels; "
-        "`full` does so with `weight_bits` and `act_bits` everywhere, and reads neither `first_last_bits` "
-        "nor `other_act_bits`; `academic` quantizes only the inputs of convolutions and linear layers, as "
-        "published tables do.",
+        "`full` does so with `weight_bits` and `act_bits` everywhere: it reads none of `first_last_bits`, "
+        "`other_act_bits` and `stem_output_bits`, and refuses them at numbers other than 8, the default; "
+        "`academic` quantizes only the inputs of convolutions and linear layers, as published tables do.",
     )
     scale_power_of_two: bool = Field(
         default=False,
@@ -145,7 +145,7 @@ class Quantization(Section):
         if self.placement != "full":
             return self
         for key in ("first_last_bits", "other_act_bits", "stem_output_bits"):
-            # 8 and null are the defaults, which a recipe cannot tell from values that were meant.
+            # A recipe cannot tell 8, the default, from an 8 that was meant; null is stem_output_bits of old.
             if getattr(self, key) not in ("same", 8, None):
                 raise ValueError(
                     f"{key} {getattr(self, key)} has no place in full placement, which puts every layer "
@@ -221,7 +221,8 @@ class Augmentation(Section):
     )
     copies: int | Literal["auto"] = Field(
         default="auto",
-        description="Copies of each image; `auto` is 8, fewer where that makes more than 2048.",
+        description="Copies of each image; `auto` is 8, fewer where that makes more than 2048. The learned "
+        "forms `unet` and `residual` make one, unless operations follow.",
     )
 
     @field_validator("kind")

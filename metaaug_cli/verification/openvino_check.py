@@ -82,9 +82,7 @@ def _load() -> Any:
     try:
         return import_module("openvino")
     except ImportError as error:
-        raise InputError(
-            "--openvino: OpenVINO is not installed", hint="pip install 'metaaug[openvino]'"
-        ) from error
+        raise InputError("--openvino: OpenVINO is not installed", hint="pip install openvino") from error
 
 
 def _version(openvino: Any) -> str:

@@ -59,7 +59,7 @@ def run_step(script, folder):
 @pytest.fixture(scope="module")
 def finished(steps, checkout):
     assert list(steps) == ["Install", "Quantize", "Export", "Evaluate", "Summary"]
-    assert steps["Install"] == "pip install metaaug"
+    assert steps["Install"] == "pip install git+https://HOST/OWNER/metaaug.git"
     results = {name: run_step(script, checkout) for name, script in steps.items() if name != "Install"}
     for name, result in results.items():
         assert result.returncode == 0, f"{name}: {result.stdout}{result.stderr}"
@@ -98,6 +98,17 @@ def test_a_missed_gate_fails_the_step_and_keeps_the_reports(steps, finished, che
     assert not report["passed"]
     assert run_step(steps["Summary"], checkout).returncode == 0
     assert "**missed**" in (checkout.parent / "summary.md").read_text()
+
+
+def test_an_evaluation_that_cannot_run_leaves_no_older_report(steps, checkout, tmp_path):
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (tmp_path / "bin").symlink_to(checkout.parent / "bin")
+    (folder / "report.json").write_text("{}")
+    assert run_step(steps["Evaluate"], folder).returncode == 2
+    assert not (folder / "report.json").exists()
+    assert run_step(steps["Summary"], folder).returncode == 0
+    assert (tmp_path / "summary.md").read_text() == "no report\n"
 
 
 def test_the_report_is_valid_under_the_schema_the_guide_links(guide, finished, checkout, request):

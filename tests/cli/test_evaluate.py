@@ -387,4 +387,4 @@ def test_openvino_without_its_extra(work, capsys, monkeypatch):
     assert evaluate(work.run, "--data", work.val, "--openvino") == 2
     error = capsys.readouterr().err
     assert "OpenVINO is not installed" in error
-    assert "hint: pip install 'metaaug[openvino]'" in error
+    assert "hint: pip install openvino" in error
