@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,14 +123,35 @@ def _trace(module: nn.Module, input_size: tuple[int, int, int]) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many kinds; all mean "cannot be written as ONNX"
-        summary = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise GraphError(
-            f"the quantized network cannot be written as ONNX: {summary}",
-            hint="an operator without an ONNX form is the usual cause; --debug shows the whole report",
-        ) from error
+        raise _untranslatable(error) from error
     assert program is not None
     program.model.ir_version = IR_VERSION
     return program.model
+
+
+def _untranslatable(error: Exception) -> GraphError:
+    """What the exporter tells in a chain of reports, in one line: the operator and the reason."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    named = re.search(r"target=torch\.ops\.([\w.]+)\]", "\n".join(map(str, chain)))
+    operator = named[1].removesuffix(".default") if named else ""
+    if not operator:
+        reason = _first_line(error)
+    elif any("No ONNX function found" in str(e) for e in chain):
+        reason = f"the operator {operator} has no ONNX form"
+    else:
+        reason = f"the operator {operator}: {_first_line(chain[-1])}"
+    return GraphError(
+        f"the quantized network cannot be written as ONNX: {reason}",
+        hint="compute the same in the network's forward with other operators, and quantize it again; "
+        "--debug shows the whole report",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -20,13 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from metaaug_cli.errors import GraphError, InputError
 from metaaug_cli.graph.graph_tools import lookup, register_buffer
-from metaaug_cli.graph.names import free_name
+from metaaug_cli.graph.names import free_name, owner_of
 from metaaug_cli.graph.normalize import normalize
+from metaaug_cli.graph.requirements import (
+    line_in_text,
+    require_eval_mode,
+    require_fixed_state,
+    require_no_chance,
+    require_one_image_input,
+    wrong_input_count,
+)
+from metaaug_cli.graph.rewrites import rewrite
 
-_TRAINING_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 _BATCH_NORM_OF_NOTHING = torch.ops.aten._native_batch_norm_legit.no_stats
 _LARGEST_BATCH = 1 << 16
 _LONGEST_SUMMARY = 300
@@ -40,8 +49,8 @@ def capture(network: nn.Module | ExportedProgram, input_size: tuple[int, int, in
         input_size: (C, H, W) of the images it takes.
 
     Raises:
-        GraphError: The network cannot be traced, has several inputs or outputs, fixes its batch size, or is
-            a program in training mode.
+        GraphError: The network cannot be traced, has several inputs or outputs, fixes its batch size, writes
+            to a buffer, draws random numbers, or is a program in training mode or with channels last.
         InputError: It does not run on images of this size.
     """
     module = capture_unfolded(network, input_size)
@@ -67,12 +76,19 @@ def capture_unfolded(
         InputError: As for ``capture``.
     """
     program = export_program(network, input_size)
+    require_one_image_input(program, input_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = program.run_decompositions({})
-    _require_one_image_input(program, input_size)
-    _require_eval_mode(program)
-    return _plain_graph_module(program)
+    require_eval_mode(program)
+    require_fixed_state(program)
+    require_no_chance(program)
+    module = _plain_graph_module(program)
+    for node in module.graph.nodes:
+        node.meta["owner"] = owner_of(node)
+    rewrite(module)
+    module.recompile()
+    return module
 
 
 def export_program(network: nn.Module | ExportedProgram, input_size: tuple[int, int, int]) -> ExportedProgram:
@@ -86,7 +102,7 @@ def export_program(network: nn.Module | ExportedProgram, input_size: tuple[int, 
         return with_free_names(network)
     required = _required_inputs(network)
     if required is not None and required != 1:
-        raise _wrong_input_count(required)
+        raise wrong_input_count(required)
     example = torch.zeros(2, *input_size)
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
     try:
@@ -103,13 +119,6 @@ def _required_inputs(network: nn.Module) -> int | None:
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return None
     return sum(p.default is p.empty for p in parameters)
-
-
-def _wrong_input_count(count: int) -> GraphError:
-    return GraphError(
-        f"the network takes {count} inputs; metaaug quantizes networks that take one image tensor",
-        hint="wrap the network in a module whose forward(x) supplies the other inputs",
-    )
 
 
 @contextlib.contextmanager
@@ -129,11 +138,11 @@ def _quiet_export() -> Iterator[None]:
         torch_logger.setLevel(level)
 
 
-def _does_not_run(network: nn.Module, example: Tensor) -> InputError | None:
-    """The error of a network that fails on such images, traced or not; None for one that runs."""
+def _does_not_run(network: nn.Module, example: Tensor) -> InputError | GraphError | None:
+    """The error of a network that fails on such images, traced or not, or returns an object; else None."""
     try:
         with torch.no_grad():
-            network(example)
+            output = network(example)
     except Exception as error:  # the user's code may raise anything
         text = str(error).strip()
         where = _at(_user_line(error))
@@ -149,7 +158,14 @@ def _does_not_run(network: nn.Module, example: Tensor) -> InputError | None:
             hint="check that --size is what the network was trained with; its forward(x) gets one float "
             "tensor (N, C, H, W)",
         )
-    return None
+    plain = (Tensor, bool, int, float, str, type(None))
+    kind = next((type(leaf).__name__ for leaf in tree_leaves(output) if not isinstance(leaf, plain)), None)
+    if kind is None:
+        return None
+    return GraphError(
+        f"the network returns an object of type {kind}; metaaug needs one tensor of logits",
+        hint="wrap the network in a module whose forward(x) returns the logits alone",
+    )
 
 
 def _untraceable(error: Exception) -> GraphError:
@@ -158,7 +174,7 @@ def _untraceable(error: Exception) -> GraphError:
     fixed = re.search(r"specialized it to be a constant \((\d+)\)", text)
     if fixed:
         summary = f"its code works for batches of {fixed.group(1)} images only"
-    where = _at(_user_line(error) or _line_in_text(text))
+    where = _at(_user_line(error) or line_in_text(text))
     return GraphError(
         f"the network cannot be traced{where}: {summary}",
         hint="make that line independent of tensor values and of the batch size (no Python `if` on a tensor, "
@@ -198,57 +214,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _line_in_text(text: str) -> str | None:
-    found = [m for m in re.finditer(r'File "([^"]+)", line (\d+)', text) if "/torch/" not in m.group(1)]
-    return f"{found[-1].group(1)}:{found[-1].group(2)}" if found else None
-
-
-def _require_one_image_input(program: ExportedProgram, input_size: tuple[int, int, int]) -> None:
-    inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
-    user_names = set(program.graph_signature.user_inputs)
-    images = [n for n in inputs if n.name in user_names]
-    if len(images) != 1 or not isinstance(images[0].meta.get("val"), Tensor):
-        raise _wrong_input_count(len(images))
-    shape = images[0].meta["val"].shape
-    if isinstance(shape[0], int):
-        raise GraphError(
-            f"the exported program fixes its batch size to {shape[0]}",
-            hint="export it with dynamic_shapes=({0: torch.export.Dim('batch')},)",
-        )
-    if tuple(shape[1:]) != input_size:
-        raise InputError(
-            f"the network takes images of {tuple(shape[1:])}, the preprocessing gives {input_size}",
-            hint=f"pass the size the network was exported with, --size {_size_flag(shape)}; "
-            "--mean and --std take one value per channel",
-        )
-    outputs = program.graph_signature.user_outputs
-    if len(outputs) != 1:
-        raise GraphError(
-            f"the network returns {len(outputs)} values; metaaug needs one tensor of logits",
-            hint="wrap the network in a module that returns the classification logits only",
-        )
-
-
-def _size_flag(shape: torch.Size) -> str:
-    """Height and width as ``--size`` takes them."""
-    *_, height, width = shape
-    return f"{height}" if height == width else f"{height}x{width}"
-
-
-def _require_eval_mode(program: ExportedProgram) -> None:
-    for node in program.graph.find_nodes(op="call_function", target=_TRAINING_BATCH_NORM):
-        statistics = node.args[3]
-        assert isinstance(statistics, fx.Node)
-        buffers = program.graph_signature.inputs_to_buffers
-        stored = buffers.get(statistics.name, statistics.name)
-        name = stored.rpartition(".")[0] or stored
-        raise GraphError(
-            f"the network is in training mode: its batch norm `{name}` uses the statistics of each batch",
-            hint="call model.eval() before torch.export.export; a forward of your own must say "
-            "training=self.training, not training=True",
-        )
 
 
 def with_free_names(program: ExportedProgram) -> ExportedProgram:
@@ -295,6 +260,8 @@ def _plain_graph_module(program: ExportedProgram) -> fx.GraphModule:
     for node in lifted.graph.nodes:
         if node.op == "call_module" and not node.users:
             continue  # torch's own guards on the input shape
+        if node.target is torch.ops.aten.copy_.default and not node.users:
+            continue  # a forward that changes its image in place writes the change back for its caller
         if node.op == "output":
             (result,) = [n for n in node.all_input_nodes if n in copies]
             graph.output(copies[result])

@@ -59,6 +59,15 @@ def _fake_result(target: Callable[..., Any], args: Any) -> Any:
     return x.new_empty(sizes)
 
 
+def option(node: fx.Node, name: str) -> Any:
+    """An operator's argument by name, or its default; None where the operator has no such argument."""
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == name:
+            given = node.args[position : position + 1] or (node.kwargs.get(name, argument.default_value),)
+            return given[0]
+    return None
+
+
 def attribute(module: fx.GraphModule, node: fx.Node) -> Tensor:
     """The tensor a get_attr node stands for."""
     return lookup(module, str(node.target))
@@ -66,9 +75,8 @@ def attribute(module: fx.GraphModule, node: fx.Node) -> Tensor:
 
 def add_constant(module: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
     """Register ``value`` as a buffer under a free dotted ``name`` and return its get_attr node."""
-    taken = dict(module.named_buffers())
     unique, count = name, 1
-    while unique in taken:
+    while _is_taken(module, unique):
         unique, count = f"{name}_{count}", count + 1
     register_buffer(module, unique, value.detach().clone())
     with module.graph.inserting_before(before):
@@ -77,6 +85,15 @@ def add_constant(module: fx.GraphModule, before: fx.Node, name: str, value: Tens
     mode = _fake_mode(module)
     node.meta["val"] = mode.from_tensor(value.detach(), static_shapes=True) if mode else value
     return node
+
+
+def _is_taken(module: nn.Module, dotted: str) -> bool:
+    owner: Any = module
+    for part in dotted.split("."):
+        if not hasattr(owner, part):
+            return False
+        owner = getattr(owner, part)
+    return True
 
 
 def _fake_mode(module: fx.GraphModule) -> Any:

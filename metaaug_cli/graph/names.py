@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 from torch import fx, nn
@@ -15,6 +16,14 @@ def free_name(path: str) -> str:
     """
     first, dot, rest = path.partition(".")
     return f"{first}_{dot}{rest}" if first in _taken() else path
+
+
+def owner_of(node: fx.Node) -> str:
+    """The path of the user's module whose forward created a traced node; '' for the network itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    path = re.sub(r"^L\['self'\]\.?|^L__self___?", "", path)
+    return free_name(re.sub(r"@\d+", "", path))
 
 
 @cache

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from metaaug_cli.errors import GraphError
 from metaaug_cli.graph.graph_tools import add_constant, attribute, insert_call
-from metaaug_cli.graph.names import free_name
-from metaaug_cli.graph.ops import CONVOLUTIONS, is_activation
+from metaaug_cli.graph.ops import CONVOLUTIONS
 from metaaug_cli.graph.pools import free_sizes, plain_pool
+from metaaug_cli.graph.requirements import require_free_batch, require_single_tensors
 
 aten = torch.ops.aten
 
@@ -52,9 +50,8 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
     """Apply every pass in order and return the same module, recompiled.
 
     Raises:
-        GraphError: An operator has several outputs or mutates its input, so the graph cannot be cut.
+        GraphError: An operator has several outputs, so the graph cannot be cut, or fixes the batch size.
     """
-    _set_owners(module)
     for one_pass in (
         fold_constants,
         drop_assertions,
@@ -70,21 +67,12 @@ def normalize(module: fx.GraphModule) -> fx.GraphModule:
     ):
         one_pass(module)
         module.graph.eliminate_dead_code()
-    _require_free_batch(module)
-    _require_single_tensors(module)
+    require_free_batch(module)
+    require_single_tensors(module)
     _drop_unused_buffers(module)
     module.graph.lint()
     module.recompile()
     return module
-
-
-def _set_owners(module: fx.GraphModule) -> None:
-    """Note on each node the path of the user's module whose forward created it ('' for the root)."""
-    for node in module.graph.nodes:
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        path = str(stack[-1][0]) if stack else ""
-        path = re.sub(r"^L\['self'\]\.?|^L__self___?", "", path)
-        node.meta["owner"] = free_name(re.sub(r"@\d+", "", path))
 
 
 def _swap(node: fx.Node, new: fx.Node) -> None:
@@ -271,7 +259,7 @@ def _fold_batch_norms(module: fx.GraphModule) -> None:
             _fold_into(module, producer, factor, shift)
             _swap(result, producer)
         else:
-            name = str((gamma or mean).target).rpartition(".")[0]
+            name = str((gamma or mean).target).rpartition(".")[0] or "norm"
             _swap(result, _depthwise(module, node, name, factor, shift))
         if result is not node:
             module.graph.erase_node(node)
@@ -296,9 +284,9 @@ def _fold_into(module: fx.GraphModule, layer: fx.Node, factor: Tensor, shift: Te
     weight = attribute(module, weight_node)
     folded = (weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))).float()
     bias = shift if bias_node is None else attribute(module, bias_node).double() * factor + shift
-    base = str(weight_node.target).removesuffix(".weight")
-    new_weight = add_constant(module, layer, f"{base}.folded_weight", folded)
-    new_bias = add_constant(module, layer, f"{base}.folded_bias", bias.float())
+    path, dot, leaf = str(weight_node.target).rpartition(".")
+    new_weight = add_constant(module, layer, f"{path}{dot}folded_{leaf}", folded)
+    new_bias = add_constant(module, layer, f"{path}{dot}folded_bias", bias.float())
     layer.args = (layer.args[0], new_weight, new_bias, *layer.args[3:])
 
 
@@ -319,31 +307,6 @@ def _depthwise(module: fx.GraphModule, norm: fx.Node, name: str, factor: Tensor,
     node = insert_call(norm, aten.conv2d.default, (x, weight, bias, [1, 1], [0, 0], [1, 1], channels))
     node.meta["affine"] = True
     return node if is_image else insert_call(norm, aten.reshape.default, (node, sizes))
-
-
-def _require_free_batch(module: fx.GraphModule) -> None:
-    image = next(n for n in module.graph.nodes if n.op == "placeholder")
-    if isinstance(image.meta["val"].shape[0], int):
-        raise GraphError(
-            f"an operator of the network fixes the batch size to {image.meta['val'].shape[0]}",
-            hint="make its forward independent of the batch size (no fixed batch in view or reshape)",
-        )
-
-
-def _require_single_tensors(module: fx.GraphModule) -> None:
-    for node in module.graph.nodes:
-        if node.op != "call_function" or is_activation(node):
-            continue
-        if isinstance(node.meta.get("val"), (torch.SymInt, int)):
-            continue
-        line = next(
-            (t.strip() for t in reversed((node.meta.get("stack_trace") or "").splitlines()) if t.strip()), ""
-        )
-        raise GraphError(
-            f"the operator {node.target} gives several values and cannot be cut into blocks "
-            f"(at: {line or 'unknown line'})",
-            hint="rewrite that line with single-tensor operators, or wrap the network so that it is left out",
-        )
 
 
 def _drop_unused_buffers(module: fx.GraphModule) -> None:

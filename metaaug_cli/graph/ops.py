@@ -61,6 +61,24 @@ COMPUTE = {
     aten.leaky_relu.default,
 }
 
+# Their slope is infinite at values that a grid holds: 0, 1 or -1.
+_STEEP = {
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.reciprocal.default,
+    aten.pow.Tensor_Scalar,
+    aten.pow.Tensor_Tensor,
+    aten.log.default,
+    aten.log2.default,
+    aten.log10.default,
+    aten.log1p.default,
+    aten.asin.default,
+    aten.acos.default,
+    aten.atanh.default,
+    aten.acosh.default,
+    aten.atan2.default,
+}
+
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """The activations a node reads, in order: parameters, constants and sizes are left out."""
@@ -118,6 +136,14 @@ def role(node: fx.Node) -> Role:
     if target in COMPUTE:
         return Role.COMPUTE if _only_activations(node) else Role.FLOAT
     return Role.FLOAT
+
+
+def is_steep(node: fx.Node) -> bool:
+    """Whether an operator's gradient may be infinite where its value is finite, as that of a root is at 0."""
+    if node.target is aten.pow.Tensor_Scalar:
+        exponent = node.args[1]
+        return not isinstance(exponent, (int, float)) or exponent < 1
+    return node.target in _STEEP
 
 
 def is_global_pool(node: fx.Node) -> bool:

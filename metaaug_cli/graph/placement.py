@@ -138,7 +138,8 @@ def layer_name(node: fx.Node) -> str:
     """The user's name of a weighted node: the path of the module that holds its weight."""
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
-    return str(weight.target).rpartition(".")[0] or str(weight.target)
+    module, _, parameter = str(weight.target).rpartition(".")
+    return module or parameter.removeprefix("folded_")
 
 
 def _uniquely_named(weights: dict[fx.Node, WeightSpec]) -> dict[fx.Node, WeightSpec]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from metaaug_cli.graph.graph_tools import insert_call
+from metaaug_cli.graph.graph_tools import add_constant, insert_call
 from metaaug_cli.graph.ops import is_global_pool
 
 aten = torch.ops.aten
@@ -83,13 +83,39 @@ def _adaptive_max(pool: fx.Node, values: fx.Node) -> fx.Node | None:
         return x
     kernel = _dividing_window(sizes, out)
     if kernel is None:
-        return None
+        x, sizes, kernel = _spread_windows(values, x, sizes, out)
     if rank == 2:
         return insert_call(values, aten.max_pool2d.default, (x, kernel, kernel))
     front = free_sizes(x.meta["val"].shape[:-1])
     image = insert_call(values, aten.reshape.default, (x, [*front, 1, *sizes]))
     pooled = insert_call(values, aten.max_pool2d.default, (image, [1, *kernel], [1, *kernel]))
     return insert_call(values, aten.reshape.default, (pooled, [*front, *out]))
+
+
+def _spread_windows(
+    values: fx.Node, x: fx.Node, sizes: list[int], out: list[int]
+) -> tuple[fx.Node, list[int], list[int]]:
+    """Adaptive windows of one size side by side: shorter ones repeat their last value, no greater maximum.
+
+    Returns:
+        The image with its windows laid out, its sizes and the window.
+    """
+    kernel = []
+    for axis, (size, count) in enumerate(zip(sizes, out, strict=True), start=-len(sizes)):
+        spans = [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+        longest = max(stop - start for start, stop in spans)
+        places = [min(start + step, stop - 1) for start, stop in spans for step in range(longest)]
+        kernel.append(longest)
+        if places != list(range(size)):
+            x = _picked(values, x, axis, places)
+    return x, [k * count for k, count in zip(kernel, out, strict=True)], kernel
+
+
+def _picked(node: fx.Node, x: fx.Node, axis: int, places: list[int]) -> fx.Node:
+    module = node.graph.owning_module
+    assert module is not None
+    index = add_constant(module, node, "windows", torch.tensor(places))
+    return insert_call(node, aten.index_select.default, (x, axis, index))
 
 
 def free_sizes(shape: Iterable[Any]) -> list[int]:

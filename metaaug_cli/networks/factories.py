@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
-import importlib.util
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -17,35 +16,126 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from metaaug_cli.errors import InputError
-from metaaug_cli.networks.weights import hash_state
+from metaaug_cli.networks.user_files import (
+    import_file,
+    importable,
+    importable_in_forward,
+    neighbours_afresh,
+    process_kept,
+    without_inference_tensors,
+)
+from metaaug_cli.networks.weights import hash_state, tensors_in
 
 _LISTED = 8
 
 
-def build_from_file(path: Path, factory: str) -> nn.Module:
+def build_from_file(path: Path, factory: str, *, ask_weights: bool = False) -> tuple[nn.Module, bool]:
     """Import a Python file and call its factory without arguments.
 
-    The file's own folder is importable meanwhile, so that it can import its neighbours. Random
-    initial weights are the same on every call.
+    The file's own folder is importable meanwhile and whenever the network runs, so that both can import
+    their neighbours. Random initial weights are the same on every call. The working folder and torch's
+    defaults are afterwards what they were.
 
     Args:
         path: The Python file. It is the user's own code and is executed.
         factory: Name of a function or class in it that returns an ``nn.Module``, or of a module object.
+        ask_weights: Find out whether the factory loads weights itself, which calls it once more; the file
+            is executed again only where its module level may have made them.
+
+    Returns:
+        The network, and whether its weights are the factory's own, not random; false unless asked.
 
     Raises:
-        InputError: No such file or factory, the code raises, or what it returns is not a module.
+        InputError: No such file or factory, the code raises, or what it returns is not a module that can
+            be quantized.
     """
     if not path.is_file():
         raise InputError(f"no Python file at {path}", hint="MODEL is FILE.py:FACTORY")
-    with _importable(path.parent):
-        return _built(_attribute(_import(path), factory, path), path, factory, seed=0)
+    absolute = path.resolve()
+    with process_kept(), importable(absolute):
+        file = _UserFile.executed(path, absolute, seed=0)
+        module = file.build(factory, seed=0)
+        own = ask_weights and _has_own_weights(module, file, factory)
+    importable_in_forward(module, absolute)
+    return without_inference_tensors(module), own
 
 
-def has_own_weights(module: nn.Module, path: Path, factory: str) -> bool:
-    """Whether a factory loads weights itself: then another random seed gives the same network."""
-    with _importable(path.parent):
-        again = _built(_attribute(_import(path), factory, path), path, factory, seed=1)
-    return hash_state(module.state_dict()) == hash_state(again.state_dict())
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from a seed inside; the generators of before afterwards."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class _UserFile:
+    """An executed file.
+
+    Args:
+        path: As the user wrote it, for messages.
+        absolute: The same whatever the working folder is.
+        module: What it defined.
+        known: Modules that were imported before it.
+        drew_numbers: Whether executing it took random numbers.
+    """
+
+    path: Path
+    absolute: Path
+    module: ModuleType
+    known: set[str]
+    drew_numbers: bool
+
+    @classmethod
+    def executed(cls, path: Path, absolute: Path, *, seed: int) -> _UserFile:
+        known = set(sys.modules)
+        with seeded(seed):
+            before = torch.get_rng_state()
+            try:
+                module = import_file(absolute)
+            except InputError:
+                raise
+            except (Exception, SystemExit) as exc:
+                raise _user_error(f"importing {path}", exc, absolute) from exc
+            drew_numbers = not torch.equal(before, torch.get_rng_state())
+        return cls(path, absolute, module, known, drew_numbers)
+
+    def build(self, name: str, *, seed: int) -> nn.Module:
+        """The network of one of its factories."""
+        factory = _attribute(self.module, name, self.path)
+        if isinstance(factory, nn.Module):
+            return plain_module(factory, name)
+        if not callable(factory):
+            raise InputError(f"{name} in {self.path} is not callable")
+        try:
+            with seeded(seed):
+                built = factory()
+        except (Exception, SystemExit) as exc:
+            raise _user_error(f"calling {name}() of {self.path}", exc, self.absolute) from exc
+        if not isinstance(built, nn.Module):
+            raise InputError(
+                f"{name}() of {self.path} returned {type(built).__name__}, not a torch.nn.Module",
+                hint="the factory must return the network alone",
+            )
+        return plain_module(built, f"{name}() of {self.path}")
+
+
+def _has_own_weights(module: nn.Module, file: _UserFile, factory: str) -> bool:
+    """Whether another random seed gives the same weights."""
+    digest = hash_state(tensors_in(module))  # first: a second call may change what both networks share
+    again = file.build(factory, seed=1)
+    if hash_state(tensors_in(again)) != digest:
+        return False
+    if not file.drew_numbers and not _share_memory(module, again):
+        return True
+    with neighbours_afresh(file.absolute, file.known):
+        other = _UserFile.executed(file.path, file.absolute, seed=1).build(factory, seed=1)
+    return hash_state(tensors_in(other)) == digest
+
+
+def _share_memory(first: nn.Module, second: nn.Module) -> bool:
+    taken = {tensor.data_ptr() for tensor in tensors_in(first).values() if tensor.numel()}
+    return any(tensor.data_ptr() in taken for tensor in tensors_in(second).values())
 
 
 def plain_module(module: nn.Module, name: str) -> nn.Module:
@@ -56,7 +146,8 @@ def plain_module(module: nn.Module, name: str) -> nn.Module:
         name: For messages.
 
     Raises:
-        InputError: It is, or holds, TorchScript, whose Python code is gone, or lazy layers without shapes.
+        InputError: It is, or holds, TorchScript, whose Python code is gone, lazy layers without shapes, or
+            tensors without values or sparse ones.
     """
     while True:
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -77,34 +168,21 @@ def plain_module(module: nn.Module, name: str) -> nn.Module:
                 f"{name} holds a lazy layer without a shape{where}",
                 hint="run the network once on an image in the factory, or name its sizes",
             )
+    _require_dense(module, name)
     return module
 
 
-@contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    entry = str(folder.resolve())
-    sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(entry)
-
-
-def _import(path: Path) -> ModuleType:
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    name = f"metaaug_user_{path.stem}_{digest}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{path} cannot be imported as Python", hint="MODEL is FILE.py:FACTORY")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickling look a class's module up there
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as exc:
-        sys.modules.pop(name, None)
-        raise _user_error(f"importing {path}", exc, path) from exc
-    return module
+def _require_dense(module: nn.Module, name: str) -> None:
+    for key, tensor in tensors_in(module).items():
+        if tensor.is_meta:
+            raise InputError(
+                f"{name} was built without values (meta device): {key}",
+                hint="build it on the CPU, or load its weights in the factory",
+            )
+        if tensor.layout != torch.strided:
+            raise InputError(
+                f"{name} holds sparse weights: {key}", hint="return a network with dense weights (to_dense())"
+            )
 
 
 def _attribute(module: ModuleType, factory: str, path: Path) -> object:
@@ -122,25 +200,6 @@ def _attribute(module: ModuleType, factory: str, path: Path) -> object:
     shown = ", ".join(close or offered[:_LISTED]) or "nothing callable"
     problem = f"{path} defines no factory {factory!r}" if factory else f"{path} needs the name of a factory"
     raise InputError(problem, hint=f"MODEL is FILE.py:FACTORY; this file offers: {shown}")
-
-
-def _built(factory: object, path: Path, name: str, *, seed: int) -> nn.Module:
-    if isinstance(factory, nn.Module):
-        return plain_module(factory, name)
-    if not callable(factory):
-        raise InputError(f"{name} in {path} is not callable")
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            built = factory()
-    except (Exception, SystemExit) as exc:
-        raise _user_error(f"calling {name}() of {path}", exc, path) from exc
-    if not isinstance(built, nn.Module):
-        raise InputError(
-            f"{name}() of {path} returned {type(built).__name__}, not a torch.nn.Module",
-            hint="the factory must return the network alone",
-        )
-    return plain_module(built, f"{name}() of {path}")
 
 
 def _user_error(doing: str, exc: BaseException, path: Path) -> InputError:

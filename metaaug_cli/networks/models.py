@@ -20,16 +20,15 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from metaaug_cli.errors import InputError, UsageError
-from metaaug_cli.networks.factories import build_from_file, has_own_weights
+from metaaug_cli.networks.checkpoints import read_weights
+from metaaug_cli.networks.factories import build_from_file, seeded
 from metaaug_cli.networks.preprocessing import Preprocessing, Resize
 from metaaug_cli.networks.pt2_archive import load_program
 from metaaug_cli.networks.weights import (
     StateDict,
     apply_state_dict,
     cached_weights,
-    fit_names,
     hash_state,
-    read_state_dict,
     resized_head,
     tensors_in,
     weights_not_reachable,
@@ -107,26 +106,13 @@ def load_model(
     overrides = {"size": size, "mean": mean, "std": std, "interpolation": interpolation}
     preprocessing = _resolve_preprocessing(source, overrides, resize)
     if isinstance(source.module, nn.Module):
-        _require_dense(source.module, source.name)
-        source.module.eval().to("cpu", torch.float32).requires_grad_(False)
+        source.module.eval()  # apart from the next: a train() of the user's may return nothing
+        source.module.to("cpu", torch.float32).requires_grad_(False)
     module = source.module
     state = tensors_in(module) if isinstance(module, nn.Module) else module.state_dict
     _require_finite(state, source.weights)
     digest = hash_state(state)
     return LoadedModel(source.module, source.name, preprocessing, source.weights, digest)
-
-
-def _require_dense(module: nn.Module, name: str) -> None:
-    for key, tensor in tensors_in(module).items():
-        if tensor.is_meta:
-            raise InputError(
-                f"{name} was built without values (meta device): {key}",
-                hint="build it on the CPU, or load its weights in the factory",
-            )
-        if tensor.layout != torch.strided:
-            raise InputError(
-                f"{name} holds sparse weights: {key}", hint="return a network with dense weights (to_dense())"
-            )
 
 
 def _require_finite(state: Mapping[str, torch.Tensor], weights: str) -> None:
@@ -178,14 +164,15 @@ def _resolve_preprocessing(
 
 
 def _from_file(path: Path, factory: str, weights: Path | str | None) -> _Source:
-    module = build_from_file(path, factory)
+    module, own_weights = build_from_file(path, factory, ask_weights=weights is None)
     text = f"own weights of {path.name}:{factory}"
     if weights is not None and str(weights) != RANDOM:
-        apply_state_dict(module, read_state_dict(Path(weights)), str(weights))
-        text = Path(weights).name
+        read = read_weights(Path(weights))
+        apply_state_dict(module, read.state, str(weights))
+        text = read.text
     elif weights is not None:
         text = _RANDOM_TEXT
-    elif not has_own_weights(module, path, factory):
+    elif not own_weights:
         raise UsageError(
             f"{path}:{factory} gives randomly initialised weights",
             hint="pass the trained ones with --weights FILE (or --weights random if that is meant)",
@@ -245,17 +232,19 @@ def _torchvision_weights(
         return entries.DEFAULT, None, _RANDOM_TEXT
     path = Path(wanted)
     if wanted in entries.__members__:
-        entry, text = entries[wanted], f"torchvision {entries[wanted].name}"
+        entry = entries[wanted]
         path = cached_weights(entry.url)
     elif path.is_file():
         published = (e for e in entries if PurePosixPath(e.url).name == path.name)
-        entry, text = next(published, entries.DEFAULT), path.name
+        entry = next(published, entries.DEFAULT)
     else:
         raise InputError(
             f"--weights {weights} is neither a file nor a weight set of {name}",
             hint=f"weight sets of {name}: {', '.join(entries.__members__)}",
         )
-    return entry, _modern_names(read_state_dict(path)), text
+    read = read_weights(path)
+    text = f"torchvision {entry.name}" if wanted in entries.__members__ else read.text
+    return entry, _modern_names(read.state), text
 
 
 def _builder_options(builder: Any, entry: Any) -> dict[str, Any]:
@@ -324,12 +313,12 @@ def _from_timm(name: str, weights: Path | str | None) -> _Source:
     elif str(weights) == RANDOM:
         module, text = _seeded(timm.create_model, name), _RANDOM_TEXT
     else:
-        state = read_state_dict(Path(weights))
-        module, text = _seeded(timm.create_model, name), Path(weights).name
-        classes = resized_head(module, state)
+        read = read_weights(Path(weights))
+        module, text = _seeded(timm.create_model, name), read.text
+        classes = resized_head(module, read.state)
         if classes is not None:
             module = _seeded(timm.create_model, name, num_classes=classes)
-        apply_state_dict(module, fit_names(state, module.state_dict()), str(weights))
+        apply_state_dict(module, read.state, str(weights))
     return _Source(module, f"timm.{name}", text, _timm_preprocessing(module, timm))
 
 
@@ -377,6 +366,5 @@ def _timm_preprocessing(module: nn.Module, timm: Any) -> Preprocessing:
 
 def _seeded(build: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a builder so that untrained weights are the same every time."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(0)
+    with seeded(0):
         return build(*args, **kwargs)

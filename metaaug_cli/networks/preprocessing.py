@@ -7,6 +7,7 @@ was published.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,10 @@ RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
 }
 _MODES = {1: "L", 3: "RGB"}
+_DEEP_JUDGED = 4
+_DEEP_FLOOR = 4096
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class Preprocessing:
         """Turn one decoded image into network input.
 
         Args:
-            image: Any PIL image; EXIF orientation is applied, grey, palette and CMYK converted.
+            image: Any PIL image; EXIF orientation is applied, grey, palette and CMYK converted. Whole
+                numbers of more than 8 bits are taken as 0 to 65535.
 
         Returns:
             Normalised float32 tensor of shape (C, H, W).
@@ -196,6 +202,28 @@ def resized_size(image: tuple[int, int], crop: tuple[int, int], resize: Resize) 
     return int(resize * height / width), resize
 
 
+class _DeepImages:
+    """Watches the grey images of 16 bits, and warns once where all of the first ones are all but black."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._greatest = 0
+
+    def add(self, greatest: int) -> None:
+        """Take note of one image's greatest value."""
+        self._seen += 1
+        self._greatest = max(self._greatest, greatest)
+        if self._seen == _DEEP_JUDGED and self._greatest < _DEEP_FLOOR:
+            _logger.warning(
+                "the 16-bit images hold values up to %d only and come out dark: 0 to 65535 is taken as black "
+                "to white (scale the files to that range, or convert them to 8 bits)",
+                self._greatest,
+            )
+
+
+_deep_images = _DeepImages()
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -210,8 +238,8 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16-bit values at 255 and would give a white image.
         values = np.asarray(image).astype(np.int64)
-        shift = 8 if image.mode != "I" or values.max(initial=0) > 255 else 0
-        image = Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
+        _deep_images.add(int(values.max(initial=0)))
+        image = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
     if image.mode == "P" and "transparency" in image.info:

@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 
 from metaaug_cli.graph.channels import channel_axis
 from metaaug_cli.graph.graph_tools import attribute, register_buffer
-from metaaug_cli.graph.ops import Role, aten, is_activation, role
+from metaaug_cli.graph.ops import Role, aten, is_activation, is_steep, role
 from metaaug_cli.graph.placement import Placement
 from metaaug_cli.graph.stages import Stage, cut_stages
-from metaaug_cli.quantization.functional import quantize_bias
+from metaaug_cli.quantization.functional import finite_gradient, quantize_bias
 from metaaug_cli.quantization.quantizers import ActivationQuantizer, WeightQuantizer, learned_scale
 
 _SPARE_BITS = 8
@@ -178,7 +178,12 @@ class _Builder:
     def _copy(self, node: fx.Node) -> fx.Node:
         if self.quantized and node in self.chain.weights:
             return self._quantized_layer(node)
-        return self.graph.node_copy(node, self._operand)
+        return self.graph.node_copy(node, self._guarded if is_steep(node) else self._operand)
+
+    def _guarded(self, node: fx.Node) -> fx.Node:
+        """The operand of a root or the like, whose slope is infinite where a code is 0."""
+        operand = self._operand(node)
+        return self.graph.call_function(finite_gradient, (operand,)) if is_activation(node) else operand
 
     def _quantized_layer(self, node: fx.Node) -> fx.Node:
         x, _, *rest = node.args

@@ -43,6 +43,15 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
+def finite_gradient(x: Tensor) -> Tensor:
+    """``x`` as it is; a gradient to it that is NaN or infinite becomes 0, element by element."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    x = x.view_as(x)
+    x.register_hook(lambda grad: torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
+    return x
+
+
 def nearest_power_of_two(scale: Tensor) -> Tensor:
     """The nearest power of two in the logarithm, exactly, with the identity as gradient.
 

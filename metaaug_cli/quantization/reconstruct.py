@@ -135,7 +135,8 @@ def _not_finite(block: Block, data: BlockData, indices: Tensor) -> MetaAugError:
 def _diverged(block: Block) -> MetaAugError:
     return MetaAugError(
         f"block {block.name}: learning ended in NaN or infinite values, here or in a block before it",
-        hint="lower the learning rates (--set reconstruction.lr_scale=1) and start afresh with another --out",
+        hint="start afresh with another --out and lower learning rates (--set reconstruction.lr_scale=1), or "
+        "learn less: --method adaround learns roundings alone, --method nearest nothing",
     )
 
 

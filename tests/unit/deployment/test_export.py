@@ -134,7 +134,28 @@ def test_what_cannot_be_exported_is_an_error(module, networks, manifest, tmp_pat
     with pytest.raises(GraphError) as caught:
         export_onnx(module, input_size=networks.SIZE, path=path, manifest=manifest)
     assert caught.value.hint
+    assert "\n" not in caught.value.message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (torch.special.bessel_j0, "the operator prims.bessel_j0 has no ONNX form"),
+        (lambda x: torch.cdist(x, x), "the operator aten._cdist_forward has no ONNX form"),
+        (lambda x: torch.histc(x).expand(x.shape[0], -1), "the operator aten.histc: "),
+    ],
+)
+def test_an_operator_without_an_onnx_form_is_named(function, said, networks, manifest, tmp_path):
+    class Calls(torch.nn.Module):
+        def forward(self, x):
+            return function(x).flatten(1)
+
+    with pytest.raises(GraphError) as caught:
+        export_onnx(Calls(), input_size=networks.SIZE, path=tmp_path / "m.onnx", manifest=manifest)
+    assert said in caught.value.message
+    assert "\x1b" not in caught.value.message
+    assert "other operators" in caught.value.hint
 
 
 def test_an_unknown_pack_is_a_clear_error(networks, manifest, tmp_path):

@@ -51,6 +51,31 @@ class Taken(nn.Module):
         return self.meta(F.relu(self.graph(F.relu(self.code(x)))).mean((2, 3)))
 
 
+def shifted(x):
+    result = torch.zeros_like(x)
+    result[:, :2, :-1] = x[:, :2, 1:]
+    result[:, 2:] = x[:, 2:]
+    return result
+
+
+def scaled(x):
+    x[:, :2] *= 0.5
+    return x
+
+
+class Kernels(nn.Module):
+    """Layers whose weights are not called ``weight``, with norms to fold into them."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel, self.matrix = nn.Parameter(torch.ones(6, 3, 3, 3)), nn.Parameter(torch.ones(5, 6))
+        self.norm, self.rows = nn.BatchNorm2d(6), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        x = F.relu(self.norm(F.conv2d(x, self.kernel)))
+        return self.rows(F.linear(x.mean((2, 3)), self.matrix))
+
+
 NETWORKS = {
     "divisor": lambda: Between(nn.AvgPool2d(2, divisor_override=1)),
     "divisor, ceil": lambda: Between(nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=5)),
@@ -62,6 +87,14 @@ NETWORKS = {
     "head with norms": Head,
     "greatest value": lambda: Between(BothPools()),
     "taken names": Taken,
+    "uneven greatest values": lambda: Between(nn.AdaptiveMaxPool2d((3, 4))),
+    "weighted sum": lambda: Between(lambda x: torch.add(F.relu(x), x, alpha=0.3)),
+    "written slices": lambda: Between(shifted),
+    "scaled slice": lambda: Between(scaled),
+    "attention by greatest values": lambda: Between(lambda x: x * torch.sigmoid(x.max(1, keepdim=True)[0])),
+    "weights of another name": Kernels,
+    "random slope": lambda: Between(nn.RReLU()),
+    "generalised mean": lambda: Between(lambda x: F.avg_pool2d(F.relu(x).pow(3), 2).pow(1 / 3)),
 }
 
 

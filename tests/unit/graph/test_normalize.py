@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from networks import SIZE, images, targets, trained
+from networks import SIZE, images, placed, targets, trained
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 from metaaug_cli.graph.capture import capture
 from metaaug_cli.graph.graph_tools import lookup
@@ -73,6 +74,73 @@ def test_batch_norm_folds_into_a_linear_layer():
     weight, bias = folded_by_hand(network.layer, network.norm)
     np.testing.assert_allclose(lookup(module, "layer.folded_weight").numpy(), weight, rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(lookup(module, "layer.folded_bias").numpy(), bias, rtol=1e-6, atol=1e-7)
+
+
+class Kernel(nn.Module):
+    """A convolution by a tensor of its own, under any name, and a batch norm."""
+
+    def __init__(self, make, norm=None):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.ones(5, 3, 3, 3))
+        self.listed = nn.ParameterList([nn.Parameter(torch.ones(5, 3, 3, 3))])
+        self.norm = norm or nn.BatchNorm2d(5)
+        self.make = make
+
+    def forward(self, x):
+        return self.norm(F.conv2d(x, self.make(self), padding=1)).mean([2, 3])
+
+
+def standardized(m):
+    return (m.kernel - m.kernel.mean((1, 2, 3), keepdim=True)) / m.kernel.std((1, 2, 3), keepdim=True)
+
+
+def pruned():
+    layer = nn.Conv2d(3, 5, 3)
+    return prune.random_unstructured(layer, "weight", 0.3)
+
+
+OTHER_WEIGHTS = {
+    "parameter": (lambda: Kernel(lambda m: m.kernel), "kernel"),
+    "parameter list": (lambda: Kernel(lambda m: m.listed[0]), "listed"),
+    "inside": (lambda: nn.Sequential(nn.ReLU(), Kernel(lambda m: m.kernel)), "1"),
+    "standardized": (lambda: Kernel(standardized), "constant"),
+    "constant": (lambda: Kernel(lambda m: torch.ones(5, 3, 3, 3)), "constant"),
+    "pruned": (lambda: nn.Sequential(pruned(), nn.BatchNorm2d(5)), "0"),
+    "weight norm": (
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 5, 3)), nn.BatchNorm2d(5)),
+        None,
+    ),
+    "linear": (
+        lambda: nn.Sequential(
+            nn.Flatten(), parametrizations.weight_norm(nn.Linear(192, 5)), nn.BatchNorm1d(5)
+        ),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "name"), OTHER_WEIGHTS.values(), ids=OTHER_WEIGHTS.keys())
+def test_batch_norm_folds_into_weights_of_any_name(build, name):
+    network = trained(build())
+    module = capture(network, SIZE)
+    for count in (1, 4):
+        x = images(count)
+        torch.testing.assert_close(module(x), network(x), rtol=1e-4, atol=1e-5)
+    assert not any("batch_norm" in target for target in targets(module))
+    assert not affine_nodes(module), "a layer of its own"
+    (layer,) = placed(module).weights.values()
+    assert name is None or layer.name == name
+
+
+def test_a_batch_norm_of_plain_tensors_before_any_layer():
+    network = Body(
+        lambda m, x: m.layer(F.relu(F.batch_norm(x, m.mean, m.variance, m.gain))), layer=nn.Conv2d(3, 4, 1)
+    )
+    network.mean, network.variance = nn.Buffer(torch.tensor([0.1, -0.2, 0.3])), nn.Buffer(torch.ones(3) * 2)
+    network.gain = nn.Parameter(torch.tensor([0.5, 2.0, 1.0]))
+    module, x = capture(network.eval(), SIZE), images(3)
+    torch.testing.assert_close(module(x), network(x), rtol=1e-5, atol=1e-5)
+    assert len(affine_nodes(module)) == 1
 
 
 def affine_nodes(module):

@@ -11,6 +11,7 @@ from metaaug_cli.graph.ops import (
     aten,
     clamp_bounds,
     is_global_pool,
+    is_steep,
     role,
     tensor_inputs,
 )
@@ -99,6 +100,26 @@ def test_integer_kernels_take_activations_only(g):
     assert role(g.call(aten.cat.default, [g.x, table], 1)) is Role.FLOAT
     assert role(g.call(aten.avg_pool2d.default, g.x, [2, 2])) is Role.COMPUTE
     assert role(g.call(aten.gelu.default, g.x)) is Role.FLOAT
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "expected"),
+    [
+        (aten.sqrt.default, (), True),
+        (aten.pow.Tensor_Scalar, (0.5,), True),
+        (aten.pow.Tensor_Scalar, (-1,), True),
+        (aten.pow.Tensor_Scalar, (2,), False),
+        (aten.pow.Tensor_Scalar, (1.5,), False),
+        (aten.exp.default, (), False),
+        (aten.relu.default, (), False),
+    ],
+)
+def test_roots_and_the_like_have_infinite_slopes(g, target, arguments, expected):
+    node = g.call(target, g.x, *arguments)
+    assert is_steep(node) is expected
+    x = torch.zeros(3, requires_grad=True)
+    target(x, *arguments).sum().backward()
+    assert bool(x.grad.isfinite().all()) is not expected
 
 
 def test_only_the_canonical_mean_is_a_global_pool(g):

@@ -113,14 +113,27 @@ def test_adaptive_max_pools_have_windows(pool, flat, expected):
     assert targets(normal_form(pool, (2, 4, 6), flat)) == expected
 
 
-@pytest.mark.parametrize("pool", [nn.AdaptiveMaxPool2d(3), nn.AdaptiveMaxPool2d(1, return_indices=True)])
-def test_other_adaptive_max_pools_are_refused(pool):
+@pytest.mark.parametrize(
+    ("pool", "flat", "expected"),
+    [
+        (nn.AdaptiveMaxPool2d(3), False, ["index_select", "max_pool2d"]),
+        (nn.AdaptiveMaxPool2d((3, 5)), False, ["index_select", "index_select", "max_pool2d"]),
+        (nn.AdaptiveMaxPool2d((6, 9)), False, ["index_select", "index_select", "max_pool2d"]),
+        (nn.AdaptiveMaxPool1d(7), True, ["reshape", "index_select", "reshape", "max_pool2d", "reshape"]),
+    ],
+)
+def test_uneven_adaptive_max_pools_lay_their_windows_side_by_side(pool, flat, expected):
+    assert targets(normal_form(pool, (2, 4, 6), flat)) == expected
+
+
+def test_an_adaptive_max_pool_whose_places_are_read_is_refused():
     class Both(Pooled):
         def forward(self, x):
-            found = self.pool(x)
-            return found[0] + found[1] if isinstance(found, tuple) else found
+            values, places = self.pool(x)
+            return values + places
 
-    with pytest.raises(GraphError, match=r"adaptive_max_pool2d.* gives several values"):
+    pool = nn.AdaptiveMaxPool2d(1, return_indices=True)
+    with pytest.raises(GraphError, match=r"adaptive_max_pool2d.* gives several values .*self\.pool\(x\)\)"):
         capture(Both(pool), (2, 4, 4))
 
 

@@ -14,6 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
 from metaaug_cli.errors import InputError
+from metaaug_cli.networks import preprocessing as preprocessing_module
 from metaaug_cli.networks.preprocessing import Preprocessing, resized_size
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -165,3 +166,20 @@ def test_differences_name_the_fields_and_forgive_rounding():
     other = preprocessing(mean=(0.4850001, 0.456, 0.406), resize="auto")
     assert preprocessing().differences(other) == ["resize: 28, not auto"]
     assert "24x24 RGB centre crop, resize 28 bilinear" in preprocessing().describe()
+
+
+@pytest.mark.parametrize(
+    ("greatest", "warned"), [((800, 4095, 60, 0), True), ((800, 65535, 60, 0), False), ((800, 60), False)]
+)
+def test_deep_grey_images_are_full_range_and_dark_sets_are_named_once(monkeypatch, caplog, greatest, warned):
+    monkeypatch.setattr(preprocessing_module, "_deep_images", preprocessing_module._DeepImages())
+    for value in (*greatest, *greatest[:1] * 3) if len(greatest) == 4 else greatest:
+        pixels = preprocessing(resize=None).crop(Image.fromarray(np.full((30, 30), value, np.uint16)))
+        assert pixels.unique().tolist() == [value // 256]
+    assert [m[:44] for m in caplog.messages] == ["the 16-bit images hold values up to 4095 onl"] * warned
+
+
+def test_whole_numbers_are_not_judged_image_by_image():
+    for value in (200, 60_000):
+        pixels = preprocessing(resize=None).crop(Image.fromarray(np.full((30, 30), value, np.int32)))
+        assert pixels.unique().tolist() == [value // 256]

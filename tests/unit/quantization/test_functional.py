@@ -227,6 +227,21 @@ def test_rounding_passes_the_gradient_through(x):
     assert (x.grad == 1).all()
 
 
+def test_a_gradient_that_is_not_finite_becomes_zero_where_it_is_not():
+    x = torch.tensor([0.0, 4.0, 0.0, 1.0], requires_grad=True)
+    guarded = F.finite_gradient(x)
+    assert torch.equal(guarded, x)
+    (guarded.sqrt() * torch.tensor([1.0, 1.0, 0.0, -2.0])).sum().backward()  # inf, NaN between finite ones
+    assert x.grad.tolist() == [0.0, 0.25, 0.0, -1.0]
+
+
+def test_where_nothing_is_learned_the_gradients_guard_is_the_tensor_itself():
+    x = torch.ones(2, requires_grad=True)
+    with torch.no_grad():
+        assert F.finite_gradient(x) is x
+    assert F.finite_gradient(x.detach()).requires_grad is False
+
+
 def test_nearest_power_of_two_is_exact_and_nearest():
     exponents = torch.arange(-40, 41)
     exact = torch.tensor([2.0 ** int(e) for e in exponents])

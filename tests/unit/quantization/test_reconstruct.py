@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
-from networks import family, images, placed
+from networks import SIZE, family, images, placed, trained
+from torch import nn
+from torch.nn import functional as F
 
 from metaaug_cli.errors import InputError, MetaAugError
+from metaaug_cli.graph.capture import capture
 from metaaug_cli.graph.placement import Bits
 from metaaug_cli.quantization.blocks import build_chain, search_activation_scales
 from metaaug_cli.quantization.cache import BlockData, Stream
@@ -219,6 +222,7 @@ def test_a_diverged_prefix_is_not_blamed_on_the_images():
         reconstruct_block(block, data, Schedule(iterations=5), generator=torch.Generator())
     assert caught.value.exit_code == 3
     assert "lr_scale" in caught.value.hint
+    assert "--method nearest" in caught.value.hint
 
 
 def test_a_block_that_diverges_is_not_kept():
@@ -226,6 +230,38 @@ def test_a_block_that_diverges_is_not_kept():
     wild = Schedule(iterations=5, weight_scale_lr=1e30, rate_factor=1e6)
     with pytest.raises(MetaAugError, match=r"layer1\.0: learning ended in NaN"):
         reconstruct_block(block, data, wild, generator=torch.Generator())
+
+
+class Rooted(nn.Module):
+    """Generalised-mean pooling: the root of a mean that a grid rounds to 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+        self.power = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x):
+        power = self.power.abs() + 2.0
+        x = F.relu(self.conv(x) - 1.0).clamp(min=1e-6).pow(power).mean((2, 3), keepdim=True)
+        return self.head(x.pow(1.0 / power).flatten(1))
+
+
+@pytest.mark.parametrize("bits", [Bits(4, 4), Bits(8, 8)])
+def test_a_root_of_what_a_grid_rounds_to_zero_is_learned(bits):
+    module = capture(trained(Rooted()), SIZE)
+    chain = build_chain(module, placed(module, bits=bits))
+    h_fp, h_q = (images(64),), (images(64),)
+    for block in chain.blocks:
+        with torch.no_grad():
+            search_activation_scales(block, h_q)
+            targets = block.float_block(*h_fp)
+        data = BlockData(Stream(h_fp, CPU), Stream(h_q, CPU), block.float_block, targets, block.computed)
+        schedule = Schedule(iterations=60, **FAST)
+        history = reconstruct_block(block, data, schedule, generator=torch.Generator().manual_seed(0))
+        assert history.loss_after < history.loss_before
+        with torch.no_grad():
+            h_fp, h_q = targets, block.quantized_block(*h_q)
+    assert any("finite_gradient" in block.quantized_block.code for block in chain.blocks)
 
 
 def test_an_error_inside_a_step_leaves_the_block_usable():
