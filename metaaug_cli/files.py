@@ -1,10 +1,19 @@
-"""Where files go, and writing them so that a reader sees the old content or the new, never half of it."""
+"""Where files go, holding one, and writing so that a reader sees the old content or the new, never half."""
 
 import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from metaaug_cli.errors import InputError
+from metaaug_cli.errors import InputError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # not a Unix system
+    fcntl = None  # type: ignore[assignment]
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def require_writable(path: Path) -> None:
@@ -15,10 +24,50 @@ def require_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder", hint="name a file")
-    above = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+    if _is_device(path):
+        return
+    target = path.resolve() if path.is_symlink() else path
+    above = next((p for p in target.absolute().parents if p.exists()), Path("/"))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         reason = "cannot be written into" if above.is_dir() else "is not a folder"
         raise InputError(f"cannot write {path}: {above} {reason}", hint="name a file in a writable folder")
+
+
+def require_report_place(flag: str, path: Path) -> None:
+    """Refuse a report that could not be written once the work is done.
+
+    Raises:
+        UsageError: Its folder does not exist.
+        InputError: As for :func:`require_writable`.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"{flag} {path}: there is no folder {path.parent}",
+            hint="name a file in a folder that exists and is writable",
+        )
+    require_writable(path)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[bool]:
+    """Hold a file for this process alone; gives whether no other process holds it.
+
+    A process that ends, however it does, lets go. Where the system or the file system has no locks, nobody
+    is ever found to hold the file.
+
+    Args:
+        path: Made where it does not exist.
+    """
+    with path.open("ab") as file:
+        held = True
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = False
+        except OSError:  # this file system has no locks
+            pass
+        yield held
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -29,6 +78,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     Raises:
         InputError: The folder does not exist or may not be written.
+        OSError: The disk is full.
     """
     data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
     target = path.resolve() if path.is_symlink() else path
@@ -42,6 +92,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     except OSError as exc:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if exc.errno in DISK_FULL:
+            raise
         raise InputError(
             f"cannot write {path}: {exc.strerror}", hint="name a file in a folder that exists and is writable"
         ) from exc

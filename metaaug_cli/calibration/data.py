@@ -61,7 +61,7 @@ class CalibrationSet:
         images: Normalised float32 (N, C, H, W).
         preprocessing: What made them.
         sources: Where each image came from, relative to the folder.
-        skipped: ``path: reason`` for every file that could not be used.
+        skipped: ``path: reason`` for every folder and file that could not be used.
         sha256: Hash of the image bytes and the preprocessing, hex.
         origin: Short description, e.g. ``folder calib``.
         duplicates: ``path: duplicate of path`` for every copy that was left out.
@@ -122,7 +122,7 @@ def build_calibration_set(
     wanted = min(num, len(order))
     images = torch.empty(wanted, preprocessing.channels, *preprocessing.size)
     sources: list[str] = []
-    skipped: list[str] = []
+    skipped = list(folder.unread)
     duplicates: list[str] = []
     finder = None if keep_duplicates else DuplicateFinder()
     for index, decoded in decode_in_order(folder, preprocessing, order):

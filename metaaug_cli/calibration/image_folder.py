@@ -38,6 +38,7 @@ class ImageFolder:
         labels: Class index of each path; ``None`` when there are no class folders.
         classes: Class names in index order; ``None`` without class folders.
         named: Whether the order of ``classes`` was given by a file, not by sorting the folders.
+        unread: ``folder: reason`` for every folder below ``root`` that cannot be read.
     """
 
     root: Path
@@ -45,6 +46,7 @@ class ImageFolder:
     labels: tuple[int, ...] | None
     classes: tuple[str, ...] | None
     named: bool = False
+    unread: tuple[str, ...] = ()
 
 
 def scan_folder(root: Path | str, *, classes_file: Path | None = None) -> ImageFolder:
@@ -58,13 +60,16 @@ def scan_folder(root: Path | str, *, classes_file: Path | None = None) -> ImageF
             names give the index.
 
     Raises:
-        InputError: No such folder, no images, or class folders that the file does not list.
+        InputError: No such folder, no images, none that can be read, or class folders that the file does
+            not list.
     """
     root = Path(root)
     if not root.is_dir():
         kind = "is a file, not a folder of images" if root.exists() else "does not exist"
         raise InputError(f"{root} {kind}", hint="pass a folder of images, flat or one folder per class")
-    relative = sorted(_image_files(root), key=Path.as_posix)
+    relative, unread = _image_files(root)
+    if not relative and unread:
+        raise InputError(f"no images in {root} can be read: {_some(unread, '; ')}")
     if not relative:
         raise InputError(
             f"no images in {root}",
@@ -78,15 +83,17 @@ def scan_folder(root: Path | str, *, classes_file: Path | None = None) -> ImageF
     if loose:
         if folders:
             _logger.warning("%s has images outside its %d folders; labels ignored", root, len(folders))
-        return ImageFolder(root, paths, None, None)
+        return ImageFolder(root, paths, None, None, unread=unread)
     classes = tuple(folders) if classes_file is None else _read_classes(classes_file, folders)
     index = {name: i for i, name in enumerate(classes)}
     labels = tuple(index[path.parts[0]] for path in relative)
-    return ImageFolder(root, paths, labels, classes, named=classes_file is not None)
+    return ImageFolder(root, paths, labels, classes, named=classes_file is not None, unread=unread)
 
 
 def check_class_count(folder: ImageFolder, num_outputs: int) -> None:
     """Refuse labels that cannot be the model's: a wrong count, or an order nobody stated.
+
+    A single output decides between two classes.
 
     Args:
         folder: Scanned images; unlabelled ones pass.
@@ -97,15 +104,18 @@ def check_class_count(folder: ImageFolder, num_outputs: int) -> None:
     """
     if folder.classes is None:
         return
-    found = len(folder.classes)
-    if found != num_outputs and folder.named:
+    found, wanted = len(folder.classes), max(num_outputs, 2)
+    outputs = f"{num_outputs} outputs" if num_outputs > 1 else "one output, so two classes"
+    if found != wanted and folder.named:
         raise InputError(
-            f"the classes file lists {found} classes, the model has {num_outputs} outputs",
+            f"the classes file lists {found} classes, the model has {outputs}",
             hint="pass the list the model was trained with",
         )
-    if found != num_outputs:
+    if found != wanted:
+        without = _folders_without_images(folder)
+        beside = f" with images ({_some(without)} without any that can be read)" if without else ""
         raise InputError(
-            f"{folder.root} has {found} class folders, the model has {num_outputs} outputs",
+            f"{folder.root} has {found} class folders{beside}, the model has {outputs}",
             hint="pass --classes FILE with the class folder names in index order, one per line",
         )
     numeric = all(name.isdecimal() for name in folder.classes)
@@ -132,7 +142,7 @@ def iter_labelled_batches(
         preprocessing: The network's own.
         batch_size: Images per batch; the last one may be smaller.
         indices: Which of ``folder.paths``, in this order; all by default.
-        skipped: Receives ``path: reason`` for every unreadable file.
+        skipped: Receives ``path: reason`` for every unreadable folder and file.
         progress: Called with (files looked at, files in all) after each batch.
 
     Yields:
@@ -143,6 +153,7 @@ def iter_labelled_batches(
     """
     chosen = range(len(folder.paths)) if indices is None else indices
     skipped = [] if skipped is None else skipped
+    skipped.extend(folder.unread)
     images: list[Tensor] = []
     labels: list[int] = []
     usable = 0
@@ -174,10 +185,24 @@ def balanced_order(folder: ImageFolder, *, seed: int) -> list[int]:
     return [index for turn in zip_longest(*groups) for index in turn if index is not None]
 
 
-def _image_files(root: Path) -> Iterator[Path]:
+def _folders_without_images(folder: ImageFolder) -> list[str]:
+    """Folders that would be classes if they held an image that can be read."""
+    names = (path.name for path in folder.root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(set(names) - set(folder.classes or ()))
+
+
+def _image_files(root: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """Image files below a folder, relative to it and sorted, and the folders that cannot be read."""
+    failures: list[OSError] = []
+    found = sorted(_walk(root, failures), key=Path.as_posix)
+    places = [(os.path.relpath(failure.filename, root), failure.strerror) for failure in failures]
+    return found, tuple(f"{place}: cannot read the folder, {reason}" for place, reason in places)
+
+
+def _walk(root: Path, failures: list[OSError]) -> Iterator[Path]:
     """Image files below a folder, relative to it; links are followed, loops are not."""
     visited = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=failures.append):
         real = os.path.realpath(folder)
         if real in visited:
             subfolders.clear()
@@ -187,13 +212,14 @@ def _image_files(root: Path) -> Iterator[Path]:
         for name in files:
             path = Path(folder, name)
             named = not name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES
-            if named and (path.is_file() or not path.exists()):  # reading a pipe would wait for ever
+            # Reading a pipe would wait for ever; what cannot be looked at is named when it is to be read.
+            if named and (os.path.isfile(path) or not os.path.exists(path)):
                 yield path.relative_to(root)
 
 
 def _read_classes(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as exc:
         raise InputError(f"cannot read the classes file {path}: {exc}") from exc
     names = [line for line in lines if line]

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ from metaaug_cli import __version__
 from metaaug_cli.cli import calibrate, demo, evaluate, export, quantize
 from metaaug_cli.cli.console import Console, LogHandler, reserve_stdout
 from metaaug_cli.errors import MetaAugError
+from metaaug_cli.files import DISK_FULL
 
 USAGE, FAILED, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 3, 130, 141, 143
 _INPUT_ERRNOS = {
@@ -90,27 +91,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Spinning threads make a shared machine ten times slower; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter is no reason to stop
             stream.reconfigure(errors="replace")
     debug = "--debug" in arguments
     arguments = _complete_json_flag([item for item in arguments if item != "--debug"])
     json_on_stdout = any(pair == ("--json", "-") for pair in pairwise(arguments))
-    output = reserve_stdout() if json_on_stdout else nullcontext()
+    output = reserve_stdout(until_exit=argv is None) if json_on_stdout else nullcontext()
     with _logging(debug=debug), output, _Signals(until_exit=argv is None) as signals:
         try:
             # Typer answers Ctrl-C and its own early exits with a code instead of an exception.
             code = app(args=arguments, prog_name="metaaug", standalone_mode=False)
         except (Exception, SystemExit) as exc:
             signals.ignore()
-            code = _report(exc, debug=debug)
+            code = _report(exc, arguments, debug=debug)
         else:
             if code == INTERRUPTED:
                 signals.ignore()
-                Console().error("interrupted", hint="the same command starts again from the beginning")
+                _show_error("interrupted", "the same command starts again from the beginning")
     if code == INTERRUPTED and signals.terminated:
         return TERMINATED
     return code if isinstance(code, int) else 0
+
+
+def _replace_closed_streams() -> None:
+    """Make a closed stdin, stdout or stderr the null device: a file opened later would get its number."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 class _Signals:
@@ -158,27 +171,31 @@ def _complete_json_flag(arguments: list[str]) -> list[str]:
     return completed
 
 
-def _report(exc: BaseException, *, debug: bool) -> int:
+def _report(exc: BaseException, arguments: Sequence[str], *, debug: bool) -> int:
     """Show an exception as ``error:`` and ``hint:`` and return the exit code it stands for."""
     if debug:
-        traceback.print_exception(exc)
-    message, hint, code = _explain(exc)
+        with suppress(OSError):
+            traceback.print_exception(exc)
+    message, hint, code = _explain(exc, arguments)
     if code == FAILED and not isinstance(exc, MetaAugError) and not debug:
         hint = f"{hint}; " if hint else ""
-        hint += f"the traceback is in {_save_traceback(exc)} (--debug shows it here)"
+        hint += _save_traceback(exc)
     if message:
-        Console().error(message, hint=hint)
+        _show_error(message, hint)
     return code
 
 
-def _explain(exc: BaseException) -> tuple[str, str | None, int]:
+def _show_error(message: str, hint: str | None) -> None:
+    with suppress(OSError, SystemExit):  # Rich's answer to a stderr whose reader has left is exit(1)
+        Console().error(message, hint=hint)
+
+
+def _explain(exc: BaseException, arguments: Sequence[str]) -> tuple[str, str | None, int]:
     """Message, hint and exit code of an exception; an empty message when there is nothing to add."""
     if isinstance(exc, MetaAugError):
         return exc.message, exc.hint, exc.exit_code
     if isinstance(exc, typer.TyperException):
-        context = getattr(exc, "ctx", None)
-        command = context.command_path if context is not None else "metaaug"
-        return exc.format_message(), f"{command} --help shows every option, with examples", USAGE
+        return exc.format_message(), _usage_hint(exc, arguments), USAGE
     if isinstance(exc, BrokenPipeError) or isinstance(exc.__context__, BrokenPipeError):
         return "", None, BROKEN_PIPE
     if isinstance(exc, SystemExit):
@@ -186,12 +203,21 @@ def _explain(exc: BaseException) -> tuple[str, str | None, int]:
     if isinstance(exc, OSError) and exc.errno in _INPUT_ERRNOS:
         where = f"{exc.filename}: " if exc.filename else ""
         return f"{where}{exc.strerror}", None, USAGE
-    if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
+    if isinstance(exc, OSError) and exc.errno in DISK_FULL:
         return "the disk is full", "free some space, then run the same command again", FAILED
     if _is_out_of_memory(exc):
         return "out of memory", "use a smaller --batch, --cache-gb, --num or --size", FAILED
     detail = str(exc).strip().split("\n")[0] or "no message"
     return f"unexpected {type(exc).__name__}: {detail}", None, FAILED
+
+
+def _usage_hint(exc: typer.TyperException, arguments: Sequence[str]) -> str:
+    for flag, value, following in zip(arguments, arguments[1:], arguments[2:], strict=False):
+        if (flag, value) == ("--json", "-") and exc.format_message().endswith(f"({following})"):
+            return f"write --json={following}, or name a file that ends in .json"
+    context = getattr(exc, "ctx", None)
+    command = context.command_path if context is not None else "metaaug"
+    return f"{command} --help shows every option, with examples"
 
 
 def _is_out_of_memory(exc: BaseException) -> bool:
@@ -204,10 +230,14 @@ def _is_out_of_memory(exc: BaseException) -> bool:
 
 
 def _save_traceback(exc: BaseException) -> str:
-    handle, path = tempfile.mkstemp(prefix="metaaug-", suffix=".log")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        traceback.print_exception(exc, file=stream)
-    return path
+    """Keep the traceback where there is room for it; returns where it is to be seen."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="metaaug-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            traceback.print_exception(exc, file=stream)
+    except OSError:
+        return "--debug shows the traceback"
+    return f"the traceback is in {path} (--debug shows it here)"
 
 
 @contextmanager

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaaug_cli.cli.console import Console
+from metaaug_cli.cli.console import Console, listed
 from metaaug_cli.errors import InputError, UsageError
 from metaaug_cli.files import require_writable
 
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from metaaug_cli.graph.bn_statistics import BatchNormProbe
     from metaaug_cli.networks.models import LoadedModel
     from metaaug_cli.networks.preprocessing import Preprocessing
-
-_LISTED = 5
 
 
 def load_model_for(path: Path, model: str, options: dict[str, Any]) -> LoadedModel:
@@ -113,11 +110,11 @@ def show(
 def warn_about(calibration: CalibrationSet, console: Console, *, wanted: int = 0) -> None:
     """Name the first five of what was skipped, left out or stands out; say when there are too few images."""
     if calibration.skipped:
-        console.warn(_listed("files skipped", calibration.skipped))
+        console.warn(listed("files skipped", calibration.skipped))
     if calibration.duplicates:
-        console.note(_listed("copies left out", calibration.duplicates))
+        console.note(listed("copies left out", calibration.duplicates))
     if calibration.outliers:
-        console.note(_listed("images stand out (they are kept)", calibration.outliers))
+        console.note(listed("images stand out (they are kept)", calibration.outliers))
     if len(calibration.images) < wanted:
         console.note(f"{wanted} images were asked for, the folder has {len(calibration.images)}")
 
@@ -132,8 +129,3 @@ def require_output(path: Path, suffix: str, flag: str) -> None:
     if path.suffix.lower() != suffix:
         raise UsageError(f"{flag} {path} must end in {suffix}", hint=f"{flag} {path.with_suffix(suffix)}")
     require_writable(path)
-
-
-def _listed(what: str, items: Sequence[str]) -> str:
-    more = f"\nand {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return f"{len(items)} {what}:\n" + "\n".join(items[:_LISTED]) + more

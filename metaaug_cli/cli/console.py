@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,13 @@ from rich.table import Table
 from rich.text import Text
 
 from metaaug_cli.errors import MetaAugError, UsageError
-from metaaug_cli.files import write_atomically
+from metaaug_cli.files import DISK_FULL, require_report_place, write_atomically
 
 WIDTH = 80
 _PLAIN_STEPS = 10
 _PLAIN_SECONDS = 30.0
 _FEW_STEPS = 20
+_LISTED = 5
 _COMMAND = re.compile(r"\s*(next: )?metaaug (calibrate|quantize|evaluate|export|inspect|demo) ")
 _DATA_STREAM: ContextVar[TextIO | None] = ContextVar("data_stream", default=None)
 
@@ -58,7 +59,7 @@ class InterruptedRunError(MetaAugError):
 
 @contextmanager
 def resume_hint(hint: Callable[[], str]) -> Iterator[None]:
-    """Turn Ctrl-C inside the block into an error that says how to continue.
+    """Turn Ctrl-C and a full disk inside the block into an error that says how to continue.
 
     Args:
         hint: Gives what was kept by then, and the command that goes on from there.
@@ -67,17 +68,56 @@ def resume_hint(hint: Callable[[], str]) -> Iterator[None]:
         yield
     except KeyboardInterrupt as exc:
         raise InterruptedRunError("interrupted", hint=hint()) from exc
+    except OSError as exc:
+        if exc.errno not in DISK_FULL:
+            raise
+        raise MetaAugError("the disk is full", hint=f"free some space; {hint()}") from exc
 
 
 @contextmanager
-def reserve_stdout() -> Iterator[None]:
-    """Keep stdout for :meth:`Console.data`; what else prints, such as a user's model, goes to stderr."""
-    token = _DATA_STREAM.set(sys.stdout)
+def reserve_stdout(*, until_exit: bool = False) -> Iterator[None]:
+    """Keep stdout for :meth:`Console.data`; what else prints goes to stderr.
+
+    A user's model may print with ``print``, from compiled code, or from a process it starts.
+
+    Args:
+        until_exit: Keep it so for the rest of the process, at whose end compiled code prints what it held
+            back.
+    """
+    printed = sys.stdout
+    printed.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    is_descriptor = _is_descriptor(printed, 1)
+    stream = os.fdopen(os.dup(kept), "w", encoding="utf-8") if is_descriptor else printed
+    token = _DATA_STREAM.set(stream)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
         _DATA_STREAM.reset(token)
+        printed.flush()
+        if not until_exit:
+            os.dup2(kept, 1)
+        os.close(kept)
+        if is_descriptor:
+            with suppress(OSError):  # its reader may have left
+                stream.close()
+
+
+def _is_descriptor(stream: TextIO, number: int) -> bool:
+    """Whether a stream writes to this descriptor; one that a test captures may have none."""
+    try:
+        return stream.fileno() == number
+    except OSError:
+        return False
+
+
+def listed(what: str, items: Sequence[str]) -> str:
+    """A count and the first five of what it counts, one a line."""
+    shown = [item.replace("\n", "\\n").replace("\r", "\\r") for item in items[:_LISTED]]
+    more = [f"and {len(items) - _LISTED} more"] if len(items) > _LISTED else []
+    return "\n".join([f"{len(items)} {what}:", *shown, *more])
 
 
 class Console:
@@ -90,6 +130,7 @@ class Console:
 
     Raises:
         UsageError: ``json`` is empty, or the folder of its file does not exist.
+        InputError: The file cannot be written.
     """
 
     def __init__(self, *, quiet: bool = False, json: bool | str | None = False) -> None:
@@ -97,11 +138,8 @@ class Console:
         if json == "":
             raise UsageError("--json= names no file", hint="--json FILE.json, or --json alone for stdout")
         self._json_path = Path(json) if isinstance(json, str) and json != "-" else None
-        if self._json_path is not None and not self._json_path.parent.is_dir():
-            raise UsageError(
-                f"--json {json}: there is no folder {self._json_path.parent}",
-                hint="name a file in a folder that exists and is writable",
-            )
+        if self._json_path is not None:
+            require_report_place("--json", self._json_path)
         self.json = bool(json)
         self._err = _rich(stderr=True)
         self._out = self._err if self.json and self._json_path is None else _rich(stderr=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from metaaug_cli.cli.console import Console
+from metaaug_cli.cli.console import Console, listed
 from metaaug_cli.cli.evaluation_view import show_report
 from metaaug_cli.cli.options import (
     DATA_PANEL,
@@ -29,7 +29,7 @@ from metaaug_cli.cli.options import (
     model_options,
 )
 from metaaug_cli.errors import InputError, UsageError
-from metaaug_cli.files import require_writable, write_atomically
+from metaaug_cli.files import require_report_place, write_atomically
 
 if TYPE_CHECKING:
     from metaaug_cli.calibration.data import ImageFolder
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from metaaug_cli.verification.targets import Target
 
 GATE_PANEL = "Gates (a missed one is exit code 1)"
-_NAMED_FILES = 5
 _PARITY_IMAGES = 256
 
 EPILOG = """\
@@ -240,12 +239,7 @@ def evaluate(
 
 
 def _check_junit(junit: Path, json: str | None) -> None:
-    if not junit.parent.is_dir():
-        raise UsageError(
-            f"--junit {junit}: there is no folder {junit.parent}",
-            hint="name a file in a folder that exists and is writable",
-        )
-    require_writable(junit)
+    require_report_place("--junit", junit)
     if json is not None and Path(json).absolute() == junit.absolute():
         raise UsageError(f"--json and --junit both name {junit}", hint="give them a file each")
 
@@ -308,9 +302,7 @@ def _measure(
         predictions = predict(opened.predictors, batches, total=len(indices), progress=tick)
     evaluation = score(predictions)
     if skipped:
-        shown = "".join(f"\n{item}" for item in skipped[:_NAMED_FILES])
-        more = f"\nand {len(skipped) - _NAMED_FILES} more" if len(skipped) > _NAMED_FILES else ""
-        console.warn(f"{len(skipped)} unreadable files skipped:{shown}{more}")
+        console.warn(listed("unreadable files skipped", skipped))
     found = _check_parity(console, opened, folder, indices, batch, gated=limits.parity)
     kernels = count_kernels(opened.onnx_path, options=opened.session_options)
     gates = accuracy_gates(evaluation, max_drop=limits.max_drop, min_agreement=limits.min_agreement)
@@ -381,8 +373,8 @@ def _record(console: Console, run_dir: Path, report: Report) -> None:
     }
     try:
         write_atomically(path, jsonlib.dumps(metrics, indent=2) + "\n")
-    except InputError as exc:
-        console.warn(f"{exc.message}; an exported file will not state the accuracy")
+    except (InputError, OSError) as exc:
+        console.warn(f"{exc}; an exported file will not state the accuracy")
 
 
 def _properties(report: Report) -> dict[str, object]:

@@ -7,13 +7,13 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from metaaug_cli.cli.console import Console, resume_hint
+from metaaug_cli.cli.console import Console, listed, resume_hint
 from metaaug_cli.cli.options import (
     InterpolationOpt,
     JsonOpt,
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from metaaug_cli.calibration.data import CalibrationSet
     from metaaug_cli.networks.models import LoadedModel
     from metaaug_cli.recipe.config import Recipe
+    from metaaug_cli.runs.artifacts import RunDirectory
 
-_NAMED_FILES = 5
 _FEW_IMAGES = 64
 
 EPILOG = """\
@@ -152,8 +152,10 @@ def quantize(
 
         show_plan(console, loaded, calibration, resolved, device)
         return
-    run_dir = _run_directory(out, loaded.name, resolved, resume=resume)
-    with resume_hint(lambda: _how_to_continue(run_dir, named=out is not None)), _log_file(run_dir):
+    with ExitStack() as stack:
+        run_dir = _claim_directory(stack, out, loaded.name, resolved, resume=resume)
+        stack.enter_context(resume_hint(lambda: _how_to_continue(run_dir, named=out is not None)))
+        stack.enter_context(_log_file(run_dir))
         _run(console, loaded, calibration, resolved, run_dir, device=device, cache_gb=cache_gb, resume=resume)
 
 
@@ -204,9 +206,7 @@ def _show_inputs(console: Console, loaded: LoadedModel, calibration: Calibration
     console.note(f"images       {loaded.preprocessing.describe()}")
     console.note(f"calibration  {len(calibration.images)} images, {calibration.origin}")
     if calibration.skipped:
-        more = len(calibration.skipped) - _NAMED_FILES
-        named = [*calibration.skipped[:_NAMED_FILES], *([f"and {more} more"] if more > 0 else [])]
-        console.warn("\n".join([f"{len(calibration.skipped)} unreadable files skipped:", *named]))
+        console.warn(listed("unreadable files skipped", calibration.skipped))
     if calibration.duplicates:
         console.note(
             f"{len(calibration.duplicates)} copies of other images left out "
@@ -247,22 +247,35 @@ def _require_free(console: Console, out: Path, *, resume: bool) -> None:
         console.note(f"--resume: there is no run in {out} yet, so this one starts afresh")
 
 
-def _run_directory(out: Path | None, name: str, recipe: Recipe, *, resume: bool) -> Path:
-    """``--out``, or ``runs/MODEL-wWaA`` with a number where that is taken; to resume, the last of them."""
+def _claim_directory(stack: ExitStack, out: Path | None, name: str, recipe: Recipe, *, resume: bool) -> Path:
+    """Choose the run directory and keep other processes from writing into it."""
+    for directory in _directories(out, name, recipe, resume=resume):
+        try:
+            stack.enter_context(directory.claim(resume=resume))
+        except UsageError:
+            if out is not None or resume:
+                raise
+        else:
+            return directory.path
+    raise AssertionError("the numbers do not end")
+
+
+def _directories(out: Path | None, name: str, recipe: Recipe, *, resume: bool) -> Iterator[RunDirectory]:
+    """``--out``, or ``runs/MODEL-wWaA`` and that with numbers; to resume, the last of them."""
     from metaaug_cli.runs.artifacts import RunDirectory
 
     if out is not None:
-        return out
+        return iter([RunDirectory(out)])
     bits = recipe.quantization
     base = Path("runs") / f"{name.replace('/', '_')}-w{bits.weight_bits}a{bits.act_bits}"
     numbered = (base.with_name(f"{base.name}-{n}") for n in itertools.count(2))
     candidates = map(RunDirectory, itertools.chain([base], numbered))
     if not resume:
-        return next(directory.path for directory in candidates if directory.is_free())
-    runs = [d.path for d in itertools.takewhile(lambda d: d.path.exists(), candidates) if d.holds_run]
+        return candidates
+    runs = [d for d in itertools.takewhile(lambda d: d.path.exists(), candidates) if d.holds_run]
     if not runs:
         raise UsageError(f"--resume: there is no run in {base}", hint="name the run directory with --out")
-    return runs[-1]
+    return iter(runs[-1:])
 
 
 def _how_to_continue(run_dir: Path, *, named: bool) -> str:
@@ -281,8 +294,7 @@ def _log_file(run_dir: Path) -> Iterator[None]:
     """Keep the library's log in the run directory."""
     from metaaug_cli.runs.artifacts import LOG_FILE
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
+    handler = _RunLog(run_dir / LOG_FILE, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("metaaug_cli")
     logger.addHandler(handler)
@@ -290,7 +302,15 @@ def _log_file(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
+
+
+class _RunLog(logging.FileHandler):
+    """A log that ends with the disk's space: what the run itself cannot write is told."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Leave the line out."""
 
 
 def _run(

@@ -14,7 +14,7 @@ import onnx
 
 from metaaug_cli.deployment.external_data import require_external_data
 from metaaug_cli.deployment.runtimes import SUPPORT, WITHOUT_INTEGER_KERNELS, installed_release, storage_of
-from metaaug_cli.errors import InputError
+from metaaug_cli.errors import InputError, MetaAugError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -200,11 +200,23 @@ def count_kernels(model: Path | bytes, *, options: Mapping[str, str] | None = No
 
 
 def optimized_graph(model: Path | bytes, *, options: Mapping[str, str] | None = None) -> onnx.ModelProto:
-    """The graph after ONNX Runtime's own full optimisation."""
+    """The graph after ONNX Runtime's own full optimisation.
+
+    Raises:
+        InputError: ONNX Runtime refuses the file.
+        MetaAugError: There is no room for the graph in the folder of temporary files.
+    """
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "optimized.onnx"
-        open_session(model, threads=1, options=options, save_optimized=saved)
-        return onnx.load(saved)
+        try:
+            open_session(model, threads=1, options=options, save_optimized=saved)
+            return onnx.load(saved)
+        except Exception as error:  # of the runtime, or of protobuf on half a file
+            open_session(model, threads=1, options=options)
+            raise MetaAugError(
+                f"ONNX Runtime cannot write its graph into {tempfile.gettempdir()}",
+                hint="free some space there, or set TMPDIR to another folder",
+            ) from error
 
 
 def classify_nodes(model: onnx.ModelProto) -> KernelCount:

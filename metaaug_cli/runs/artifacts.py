@@ -13,6 +13,8 @@ import io
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from functools import cached_property
@@ -26,7 +28,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from metaaug_cli.errors import InputError, RecipeError, UsageError
-from metaaug_cli.files import write_atomically
+from metaaug_cli.files import DISK_FULL, exclusive, write_atomically
 from metaaug_cli.quantization.blocks import Block
 from metaaug_cli.quantization.reconstruct import BlockHistory
 from metaaug_cli.recipe.config import Recipe, load_recipe
@@ -93,21 +95,18 @@ class RunDirectory:
         """How many blocks are done and kept."""
         return len(list(self.path.glob("blocks/*.json")))
 
-    def is_free(self) -> bool:
-        """Whether a new run can be written here."""
-        try:
-            self.require_free(resume=False)
-        except UsageError:
-            return False
-        return True
-
     def require_free(self, *, resume: bool) -> None:
         """Fail early where a run could not be written, or would land among files that are not its own.
 
         Raises:
-            UsageError: The directory holds a run and ``resume`` is off, or it holds something else.
+            UsageError: The directory holds a run and ``resume`` is off, it holds something else, or no block
+                file could be read back from a path like its own.
         """
         other = "choose another --out"
+        try:
+            str(self.path).encode("utf-8")
+        except UnicodeEncodeError:  # safetensors could not open its files
+            raise UsageError(f"--out {self.path} is not valid UTF-8", hint=other) from None
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--out {self.path} is a file", hint=other)
         if self.holds_run:
@@ -126,6 +125,25 @@ class RunDirectory:
         if foreign:
             raise UsageError(f"--out {self.path} holds other files: {', '.join(foreign[:3])}", hint=other)
 
+    @contextmanager
+    def claim(self, *, resume: bool) -> Iterator[None]:
+        """Keep other processes from writing a run here, as far as the file system has locks.
+
+        Raises:
+            UsageError: Another one is writing a run here, or as for :meth:`require_free`.
+            OSError: The directory cannot be written.
+        """
+        self.require_free(resume=resume)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.path / LOG_FILE) as held:
+            if not held:
+                raise UsageError(
+                    f"another run is being written into {self.path}",
+                    hint="wait until it has ended, or choose another --out",
+                )
+            self.require_free(resume=resume)  # what held it may have ended a moment ago
+            yield
+
     def start(self, info: RunInfo, recipe: Recipe, program: ExportedProgram | None, *, resume: bool) -> int:
         """Begin or resume; returns how many blocks are already done.
 
@@ -133,6 +151,7 @@ class RunDirectory:
             UsageError: The directory holds a run and ``resume`` is off, or it holds something else.
             RecipeError: What is resumed is not the same run.
             InputError: The directory cannot be written.
+            OSError: The disk is full.
         """
         self.require_free(resume=resume)
         done = 0
@@ -147,6 +166,8 @@ class RunDirectory:
                 (self.path / AUGMENTATION).mkdir(exist_ok=True)  # a file of that name is noticed now
             self._forget(info.blocks, done)
         except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
             raise InputError(
                 f"cannot write {error.filename or self.path}: {error.strerror}",
                 hint="choose a writable --out, without files or folders that stand in the way",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,13 +84,20 @@ class Run:
 
         return deploy(self.chain)
 
-    @property
+    @cached_property
     def onnx_path(self) -> Path:
-        """The exported file inside the run directory; written when it is first asked for."""
+        """The exported file inside the run directory; written when it is first asked for.
+
+        Where the directory cannot be written, a temporary file, which is gone when the process ends.
+        """
         path = self.path / ONNX_FILE
         if not path.exists():
             from metaaug_cli.deployment.export import export_onnx
 
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                folder = tempfile.mkdtemp(prefix="metaaug-")
+                atexit.register(shutil.rmtree, folder, ignore_errors=True)
+                path = Path(folder) / ONNX_FILE
             export_onnx(self.deployed_module, input_size=self.input_size, path=path, manifest=self.manifest())
         return path
 

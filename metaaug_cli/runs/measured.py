@@ -15,6 +15,11 @@ from metaaug_cli.quantization.reconstruct import BlockHistory
 _AGREEMENT_IMAGES, _AGREEMENT_BATCH = 128, 32
 
 
+def top1(logits: Any) -> Any:
+    """The class of each row of logits, a tensor or an array; a single logit decides at 0."""
+    return logits.argmax(-1) if logits.shape[-1] > 1 else logits[..., 0] > 0
+
+
 @torch.no_grad()
 def run_metrics(
     chain: Chain,
@@ -34,8 +39,7 @@ def run_metrics(
     """
     shown, simulation = images[:_AGREEMENT_IMAGES], IntegerSimulation(deployed)
     same = [
-        (chain.module(part).argmax(-1) == simulation(part).argmax(-1)).float()
-        for part in shown.split(_AGREEMENT_BATCH)
+        (top1(chain.module(part)) == top1(simulation(part))).float() for part in shown.split(_AGREEMENT_BATCH)
     ]
     return {
         "calibration_agreement": float(torch.cat(same).mean()),

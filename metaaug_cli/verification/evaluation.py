@@ -1,11 +1,13 @@
 """Accuracy of several versions of one network on the same images, side by side.
 
-A version is a *predictor*: a function from normalised images to logits. Three are usual: ``float`` (the
+A version is a *predictor*: a function from normalised images to logits. A single logit decides between two
+classes at 0; it is taken as the second of two, the first being 0. Three are usual: ``float`` (the
 network as it came), ``simulated`` (the quantized network in torch) and ``onnxruntime`` (the exported file).
 Differences between them are paired, image by image, so their standard error is far below that of either
 accuracy.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,6 +25,7 @@ from metaaug_cli.graph.capture import with_free_names
 if TYPE_CHECKING:
     import onnxruntime
 
+_logger = logging.getLogger(__name__)
 FLOAT, SIMULATED, ONNXRUNTIME = "float", "simulated", "onnxruntime"
 CALIBRATION_BINS = 15
 
@@ -35,7 +38,7 @@ class Predictions:
     """What every predictor answered on the same images.
 
     Attributes:
-        logits: Per predictor, float32 (images, classes).
+        logits: Per predictor, float32 (images, classes); two classes where there is a single output.
         labels: int64 (images,), or ``None`` when the images have no labels.
     """
 
@@ -74,7 +77,7 @@ class Evaluation:
 
     Attributes:
         images: How many images were used.
-        classes: How many logits each predictor gives.
+        classes: How many classes each predictor tells apart: one a logit, two for a single one.
         labelled: Whether the images have labels.
         reference: The predictor that ``drop`` is measured against.
         scores: One score per predictor.
@@ -192,7 +195,7 @@ def predict(
             progress(done, total or done)
     if not done:
         raise InputError("there is no readable image to evaluate on", hint="check the folder given to --data")
-    joined = {name: torch.cat(parts) for name, parts in logits.items()}
+    joined = {name: _as_classes(name, torch.cat(parts)) for name, parts in logits.items()}
     _check_class_counts(joined)
     target = torch.cat(labels) if labels else None
     if target is not None:
@@ -289,6 +292,19 @@ def _checked(name: str, output: Tensor, images: int) -> Tensor:
             hint="check that the weights belong to the model, and --mean and --std",
         )
     return logits
+
+
+def _as_classes(name: str, logits: Tensor) -> Tensor:
+    """The same logits, or two columns for a single one."""
+    if logits.shape[1] > 1:
+        return logits
+    if logits.min() >= 0 and logits.max() <= 1:
+        _logger.warning(
+            "the single output of %s lies in 0..1, as a probability does; it is taken as a logit, so all "
+            "images count as the second class: give the network without its sigmoid",
+            name,
+        )
+    return torch.cat([torch.zeros_like(logits), logits], 1)
 
 
 def _check_class_counts(logits: Mapping[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from metaaug_cli.deployment.onnx_view import CodeTensor
 from metaaug_cli.deployment.simulation import IntegerSimulation
 from metaaug_cli.errors import InputError
+from metaaug_cli.runs.measured import top1
 from metaaug_cli.verification.codes import Comparison, RuntimeCodes, Worst, compare_codes, simulate
 from metaaug_cli.verification.reference import IntegerExecutor
 
@@ -234,8 +235,8 @@ class _Tally:
             for name, values in codes.items():
                 found = compare_codes(exact[name], values).shifted(self.images)
                 self._reference[name] = self._reference.get(name, Comparison()).plus(found)
-            self._agree["reference"] += int((exact_logits.argmax(1) == logits.argmax(1)).sum())
-        self._agree["simulation"] += int((simulated.argmax(1) == logits.argmax(1)).sum())
+            self._agree["reference"] += int((top1(exact_logits) == top1(logits)).sum())
+        self._agree["simulation"] += int((top1(simulated) == top1(logits)).sum())
         self._largest = max(self._largest, float(np.abs(simulated - logits).max(initial=0)))
         self._logits.append(logits)
         self.images += len(images)

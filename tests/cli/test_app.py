@@ -111,6 +111,53 @@ def test_an_unexpected_error_is_one_line_and_keeps_its_traceback(command, capsys
     log.unlink()
 
 
+def test_an_unexpected_error_with_no_room_for_its_traceback(command, capsys, monkeypatch):
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    command(raising(RuntimeError("shape mismatch")))
+    assert main(["go"]) == 3
+    expected = "error: unexpected RuntimeError: shape mismatch\n\nhint: --debug shows the traceback\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_changes_no_exit_code(closed, tmp_path):
+    code = (
+        "import os, sys, typer\n"
+        "from metaaug_cli.cli import app as m\n"
+        "from metaaug_cli.cli.console import Console\n"
+        "def show(fail: bool = False):\n"
+        "    open(sys.argv[1], 'w').write(str(os.open(os.devnull, os.O_RDONLY)))\n"
+        "    Console().result('88.44')\n"
+        "    Console().note('done')\n"
+        "    if fail: raise m.MetaAugError('broken')\n"
+        "m.app.command('show')(show)\n"
+        "sys.exit(m.main(sys.argv[2:]))\n"
+    )
+    opened = tmp_path / "opened"
+    command = shlex.join([sys.executable, "-c", code, str(opened), "show"])
+    script = f"{command} {closed}; first=$?; {command} --fail {closed}; exit $((10 * first + $?))"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 3
+    assert "Traceback" not in result.stderr
+    assert int(opened.read_text()) > 2  # no file of a run may stand where others print to
+
+
+def test_an_error_for_a_reader_that_has_left_keeps_its_code():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "metaaug_cli", "nonsense"], stderr=writing, timeout=120)
+    os.close(writing)
+    assert done.returncode == 2
+
+
+def test_a_report_of_another_suffix_is_told_how_to_be_written(capsys):
+    assert main(["inspect", "x.onnx", "--json", "report.txt"]) == 2
+    assert "hint: write --json=report.txt, or name a file that ends in .json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--debug", "go"], ["go", "--debug"]])
 def test_debug_shows_the_traceback_wherever_it_stands(command, capsys, arguments):
     command(raising(RuntimeError("shape mismatch")))

@@ -1,5 +1,6 @@
 """What is printed where: streams, width, colour, progress and JSON."""
 
+import errno
 import json
 import logging
 import os
@@ -18,10 +19,11 @@ from metaaug_cli.cli.console import (
     InterruptedRunError,
     LogHandler,
     format_seconds,
+    listed,
     reserve_stdout,
     resume_hint,
 )
-from metaaug_cli.errors import UsageError
+from metaaug_cli.errors import InputError, MetaAugError, UsageError
 
 LONG_PATH = "/a/very/long/path/" + "x" * 90 + "/file.onnx"
 
@@ -80,6 +82,35 @@ def test_what_a_users_model_prints_cannot_spoil_the_json(capsys):
     out, err = capsys.readouterr()
     assert json.loads(out) == [1, 2]
     assert "hello" in err
+
+
+def test_nor_can_what_it_prints_past_python_or_in_a_process_it_starts(capfd):
+    with reserve_stdout():
+        os.write(1, b"from compiled code\n")
+        subprocess.run(["echo", "from a process"], check=True)
+        Console(json=True).data([1, 2])
+    os.write(1, b"afterwards\n")
+    out, err = capfd.readouterr()
+    assert out == "[\n  1,\n  2\n]\nafterwards\n"
+    assert err == "from compiled code\nfrom a process\n"
+
+
+def test_what_compiled_code_held_back_does_not_follow_the_json():
+    code = (
+        "import ctypes\n"
+        "from metaaug_cli.cli.console import Console, reserve_stdout\n"
+        "with reserve_stdout(until_exit=True):\n"
+        "    ctypes.CDLL(None).printf(b'held back\\n')\n"
+        "    Console(json=True).data([1, 2])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [1, 2]
+    assert done.stderr == "held back\n"
+
+
+def test_a_list_names_five_and_keeps_a_line_for_each():
+    assert listed("files", ["a\nb", "c"]) == "2 files:\na\\nb\nc"
+    assert listed("files", [str(i) for i in range(7)]).splitlines()[-2:] == ["4", "and 2 more"]
 
 
 def test_json_refuses_what_is_not_json():
@@ -216,6 +247,21 @@ def test_ctrl_c_says_how_to_go_on():
 def test_a_report_for_a_folder_that_is_missing(tmp_path):
     with pytest.raises(UsageError, match="there is no folder"):
         Console(json=str(tmp_path / "no" / "report.json"))
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(InputError, match="cannot be written into"):
+        Console(json=str(tmp_path / "report.json"))
+
+
+def test_a_full_disk_says_how_to_go_on():
+    with pytest.raises(MetaAugError, match="the disk is full") as caught, resume_hint(lambda: "add --resume"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.exit_code == 3
+    assert caught.value.hint == "free some space; add --resume"
+    with pytest.raises(FileNotFoundError), resume_hint(lambda: "add --resume"):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
 
 def in_terminal(code, **environment):

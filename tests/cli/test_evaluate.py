@@ -1,6 +1,7 @@
 """``metaaug evaluate`` from the command line on a small network, its run and its files."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -272,6 +273,22 @@ def test_unreadable_files_are_skipped_counted_and_named(work, capsys, tmp_path):
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["data"]["images"] == 60
     assert "broken.png" in report["data"]["skipped"][0]
+
+
+def test_a_run_directory_that_cannot_be_written(work, onnx_file, tmp_path, monkeypatch, capsys):
+    run = Path(shutil.copytree(work.run, tmp_path / "run"))
+    (run / "model.onnx").unlink()
+    access = os.access
+
+    def read_only(path, mode, **options):  # root may write everywhere
+        return access(path, mode, **options) and not (mode & os.W_OK and Path(path) == run)
+
+    monkeypatch.setattr(os, "access", read_only)
+    code, report = report_of(capsys, run, "--data", work.val)
+    assert code == 0
+    assert report["parity"]["passed"]
+    assert report["kernels"]["integer"]["Conv"] == 2
+    assert not (run / "model.onnx").exists()
 
 
 def test_the_accuracy_is_kept_in_the_run(work, onnx_file):

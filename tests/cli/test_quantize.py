@@ -1,7 +1,9 @@
 """``metaaug quantize`` on the demo's network and digits, as a user runs it."""
 
+import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,7 @@ import yaml
 from metaaug_cli import demo
 from metaaug_cli.cli.app import main
 from metaaug_cli.deployment.simulation import IntegerSimulation
-from metaaug_cli.runs.artifacts import LOG_FILE, RUN_FILE, read_info
+from metaaug_cli.runs.artifacts import LOG_FILE, RUN_FILE, RunDirectory, read_info
 from metaaug_cli.runs.finished import load_run
 
 COMMAND = [sys.executable, "-m", "metaaug_cli"]
@@ -247,6 +249,46 @@ def test_without_out_the_run_has_a_name_of_its_own(digits, tmp_path, monkeypatch
     assert f"run directory: {base}-3" in capfd.readouterr().out
     assert (failed.parent / "metrics.json").stat().st_mtime_ns > before
     assert not Path(f"{base}-4").exists()
+
+
+def test_runs_that_go_at_the_same_time_keep_apart(digits, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    base = Path("runs") / "digits_cnn.digits_cnn-w4a4"
+    with RunDirectory(base).claim(resume=False):
+        assert main(command(digits, "--method", "nearest", out=base)) == 2
+        shown = flat(capfd.readouterr().err)
+        assert f"another run is being written into {base}" in shown
+        assert "hint: wait until it has ended, or choose another --out" in shown
+        assert main(command(digits, "--method", "nearest")) == 0
+    assert f"run directory: {base}-2" in capfd.readouterr().out
+    assert [p.name for p in base.iterdir()] == [LOG_FILE]
+    with RunDirectory(Path(f"{base}-2")).claim(resume=True):
+        assert main(command(digits, "--method", "nearest", "--resume")) == 2
+    assert "another run is being written" in flat(capfd.readouterr().err)
+
+
+def test_a_disk_that_fills_up_names_the_command_that_continues(digits, tmp_path, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out, arguments = tmp_path / "run", command(digits, "--method", "nearest", out=tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["metaaug", *arguments])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(RunDirectory, "save_block", full)
+        assert main(arguments) == 3
+    err = capfd.readouterr().err
+    assert "error: the disk is full" in err
+    assert f"  metaaug {shlex.join(arguments)} --resume" in err.splitlines()
+    assert main([*arguments, "--resume"]) == 0
+    assert read_info(out)["status"] == "complete"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full")
+def test_a_log_that_cannot_be_written_is_no_error(digits, tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOG_FILE).symlink_to("/dev/full")
+    assert main(command(digits, "--method", "nearest", out=tmp_path / "run")) == 0
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_resume_where_nothing_was_begun_starts_afresh_and_says_so(digits, tmp_path, capfd):

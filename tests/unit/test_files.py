@@ -1,12 +1,16 @@
 """Places where a file cannot be written are named before any work."""
 
+import errno
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from metaaug_cli.errors import InputError
-from metaaug_cli.files import require_writable, write_atomically
+from metaaug_cli.errors import InputError, UsageError
+from metaaug_cli.files import exclusive, require_report_place, require_writable, write_atomically
 
 
 def test_places_that_can_be_written(tmp_path, monkeypatch):
@@ -27,6 +31,58 @@ def test_places_that_cannot(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(InputError, match="cannot be written into"):
         require_writable(tmp_path / "new.txt")
+    require_writable(Path(os.devnull))  # it is written to, not replaced
+
+
+def test_a_report_needs_a_folder_that_is_there(tmp_path):
+    require_report_place("--json", tmp_path / "report.json")
+    with pytest.raises(UsageError, match=r"--json .*: there is no folder"):
+        require_report_place("--json", tmp_path / "no" / "report.json")
+
+
+def test_a_full_disk_is_no_mistake_in_the_name(tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "new.txt", "text")
+
+
+def test_a_file_is_held_by_one_at_a_time(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text("kept")
+    with exclusive(path) as first, exclusive(path) as second:
+        assert (first, second) == (True, False)
+    with exclusive(path) as again:
+        assert again
+    assert path.read_text() == "kept"
+
+
+def test_a_killed_process_lets_go(tmp_path):
+    path = tmp_path / "log.txt"
+    code = (
+        "import sys, time; from pathlib import Path; from metaaug_cli.files import exclusive\n"
+        "with exclusive(Path(sys.argv[1])) as held: print(held, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "True\n"
+        with exclusive(path) as held:
+            assert not held
+        other.kill()
+        other.wait()
+    with exclusive(path) as held:
+        assert held
+
+
+def test_where_there_are_no_locks_nobody_is_refused(tmp_path, monkeypatch):
+    def unsupported(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("metaaug_cli.files.fcntl.flock", unsupported)
+    with exclusive(tmp_path / "a") as first, exclusive(tmp_path / "a") as second:
+        assert first
+        assert second
 
 
 def test_what_is_behind_a_link_is_replaced(tmp_path):

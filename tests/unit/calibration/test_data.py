@@ -1,9 +1,11 @@
 """Folders are read as they are on disk; calibration sets are balanced, reproducible and hashed."""
 
+import errno
 import io
 import json
 import math
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +118,54 @@ def test_missing_classes_are_never_silently_mislabelled(folder):
     with pytest.raises(InputError, match="3 class folders, the model has 10 outputs") as caught:
         check_class_count(scan_folder(folder), 10)
     assert "--classes" in caught.value.hint
+
+
+def test_a_single_output_goes_with_two_class_folders(folder):
+    with pytest.raises(InputError, match="3 class folders, the model has one output, so two classes"):
+        check_class_count(scan_folder(folder), 1)
+    shutil.rmtree(folder / "emu")
+    check_class_count(scan_folder(folder), 1)
+
+
+def test_a_classes_file_may_begin_with_a_byte_order_mark(folder, tmp_path):
+    listing = tmp_path / "classes.txt"
+    listing.write_text("emu\ndog\ncat\n", encoding="utf-8-sig")
+    assert scan_folder(folder, classes_file=listing).classes == ("emu", "dog", "cat")
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """Take the right to list some folders away; root has it everywhere."""
+    names, scandir = set(), os.scandir
+
+    def refuse(path):
+        if Path(path).name in names:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    return names
+
+
+def test_folders_that_cannot_be_read_are_named(folder, tmp_path, locked):
+    locked.add("dog")
+    said = "dog: cannot read the folder, Permission denied"
+    listing = tmp_path / "classes.txt"
+    listing.write_text("cat\ndog\nemu\n")
+    found = scan_folder(folder, classes_file=listing)
+    assert len(found.paths) == 8
+    assert build_calibration_set(found, PREPROCESSING).skipped == (said,)
+    skipped = []
+    assert sum(len(x) for x, _ in iter_labelled_batches(found, PREPROCESSING, skipped=skipped)) == 8
+    assert skipped == [said]
+    with pytest.raises(InputError, match=r"2 class folders with images \(dog without any that can be read\)"):
+        check_class_count(scan_folder(folder), 3)
+
+
+def test_a_folder_of_which_nothing_can_be_read(folder, locked):
+    locked.update({"cat", "dog", "emu"})
+    with pytest.raises(InputError, match=r"no images in .* can be read: cat: cannot read the folder"):
+        scan_folder(folder)
 
 
 def test_numbered_folders_of_unclear_order_need_a_list(tmp_path):

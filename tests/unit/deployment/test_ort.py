@@ -19,7 +19,7 @@ from metaaug_cli.deployment.ort import (
     needs_exact_option,
     open_session,
 )
-from metaaug_cli.errors import InputError
+from metaaug_cli.errors import InputError, MetaAugError
 
 CONSTANTS = {
     "s": np.float32(0.05),
@@ -121,6 +121,22 @@ def test_traps_still_fall_back_to_float(name):
     kernels = count_kernels(make_model(*INPUT, *nodes))
     assert kernels.floating[kind] == 1
     assert any(text.startswith(kind) for text in kernels.float_nodes)
+
+
+@pytest.mark.parametrize("half", [b"", b"\x08"])
+def test_no_room_for_the_graph_is_not_blamed_on_the_file(monkeypatch, half):
+    def full(*arguments, save_optimized=None, before=open_session, **options):
+        if save_optimized is not None:
+            save_optimized.write_bytes(half)
+            if not half:
+                raise InputError("ONNX Runtime does not load the model: INVALID_PROTOBUF")
+        return before(*arguments, **options)
+
+    monkeypatch.setattr(ort, "open_session", full)
+    with pytest.raises(MetaAugError, match="cannot write its graph into") as caught:
+        count_kernels(make_model(*INPUT, *INTEGER["conv"]))
+    assert "TMPDIR" in caught.value.hint
+    assert caught.value.exit_code == 3
 
 
 @pytest.mark.parametrize(("move", "integer"), [("Reshape", 1), ("Flatten", 0)])

@@ -1,7 +1,9 @@
 """The run directory: what it keeps, what it refuses to continue, and what it says then."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +61,36 @@ def test_a_taken_directory_is_refused_and_left_alone(started):
         started.start(INFO, Recipe(), None, resume=False)
     assert "--resume" in caught.value.hint
     assert (started.path / "run.json").read_bytes() == before
+
+
+def test_a_claimed_directory_is_refused_until_it_is_let_go(tmp_path):
+    path = tmp_path / "run"
+    with RunDirectory(path).claim(resume=False):
+        for resume in (False, True):
+            with (
+                pytest.raises(UsageError, match="another run is being written"),
+                RunDirectory(path).claim(resume=resume),
+            ):
+                pass
+    with RunDirectory(path).claim(resume=False):  # the log that is left is in nobody's way
+        RunDirectory(path).start(INFO, Recipe(), None, resume=False)
+    with pytest.raises(UsageError, match="already holds a run"), RunDirectory(path).claim(resume=False):
+        pass
+    with RunDirectory(path).claim(resume=True):
+        pass
+
+
+def test_claiming_leaves_nothing_among_other_files(tmp_path):
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(UsageError, match="holds other files"), RunDirectory(tmp_path).claim(resume=False):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.md"]
+
+
+def test_a_name_whose_files_could_not_be_read_back_is_refused(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff"))
+    with pytest.raises(UsageError, match="not valid UTF-8"):
+        RunDirectory(path).require_free(resume=False)
 
 
 @pytest.mark.parametrize(

@@ -158,3 +158,25 @@ def test_labels_beyond_the_classes():
             {"float": lambda x: torch.zeros(len(x), 3)}, [(torch.zeros(2, 3, 2, 2), torch.tensor([0, 9]))]
         )
     assert "--classes" in caught.value.hint
+
+
+def test_a_single_output_decides_between_two_classes_at_0(caplog):
+    values = {"float": [-2.0, -1.0, 1.0, 3.0], "onnxruntime": [-1.0, 0.5, 2.0, 0.25]}
+    labels = torch.tensor([0, 1, 1, 0])
+    predictors = {name: lambda x, v=v: torch.tensor(v)[:, None] for name, v in values.items()}
+    evaluation = score(predict(predictors, [(torch.zeros(4, 3, 2, 2), labels)]))
+    float_score, runtime = evaluation.scores["float"], evaluation.scores["onnxruntime"]
+    assert evaluation.classes == 2
+    assert runtime.agreement == {"float": 0.75}
+    assert (float_score.top1, runtime.top1, runtime.drop) == (0.5, 0.75, -25.0)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.tensor(values["float"]), labels.float()
+    )
+    assert float_score.nll == pytest.approx(expected.item())
+    assert runtime.max_logit_difference == {"float": 2.75}
+    assert caplog.text == ""
+
+
+def test_a_probability_in_place_of_a_logit_is_pointed_out(caplog):
+    predict({"float": lambda x: torch.full((len(x), 1), 0.25)}, [(torch.zeros(2, 3, 2, 2), None)])
+    assert "the single output of float lies in 0..1" in caplog.text

@@ -9,7 +9,6 @@ import jsonschema
 import pytest
 import torch
 
-from metaaug_cli.errors import InputError
 from metaaug_cli.files import write_atomically
 from metaaug_cli.verification.evaluation import Predictions, score
 from metaaug_cli.verification.gates import accuracy_gates
@@ -151,7 +150,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("metaaug_cli.files.os.replace", no_space)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(OSError, match="No space left"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [item.name for item in tmp_path.iterdir()] == ["report.json"]
