@@ -15,6 +15,17 @@ _REAL_512 = "genie, 512 real images instead"
 _FIRST = {"bits": "w2a2", "num": 32, "iterations": _ITERATIONS}
 _SYNTHETIC = "genie, 256 synthetic images too"
 _PLAIN = "genie, 256 images from plain noise too"
+_PUBLISHED = (
+    "genie",
+    "policy",
+    "mixup",
+    "pool",
+    "policy+pool",
+    _SYNTHETIC,
+    "pool, 256 synthetic images too",
+    "policy+pool, 256 synthetic images too",
+    "genie, 512 real images instead",
+)
 _MAIN = (
     "genie",
     "genie, twice the iterations",
@@ -89,7 +100,7 @@ def published() -> str:
     for iterations in (_ITERATIONS, _LONG):
         wanted = _FIRST | {"iterations": iterations, "stem": 8}
         base = _by_set(_BASE, **wanted)
-        for variant in ("genie", "policy", "mixup", "pool", _SYNTHETIC, _REAL_512):
+        for variant in _PUBLISHED:
             found = _by_set(variant, **wanted | ({"num": 512} if variant == _REAL_512 else {}))
             if not found:
                 continue
