@@ -3,12 +3,11 @@
 All variants of a suite see the same calibration sets (seed = set) and are evaluated in ONNX Runtime on the
 same test images, so that differences are paired. Suites: main (32 images, every variant, 500 iterations),
 images (8 to 512 images, W2A2 and W2A4, 200 iterations, also with images made from the network beside
-them), images-published (the same with the second layer's input at 8 bits, as in the published code and by
-default), published (32 images there), long (the same with 2 000 iterations), ablation (weights,
-preservation, inner steps, epsilon, fixed kinds), mobilenet (64 and 512 images of 224 px, 60 iterations),
-mobilenet-128 (the same at 128 px with 200, and W2A4 with 2 000), mobilenet-few (128 px, 32 images),
-mobilenet-long (at 224 px with 500, for a GPU). Finished runs are kept in benchmarks/results/metaaug.jsonl
-and not repeated.
+them), published (32 images, the second layer's input at 8 bits, as in the published code and by default),
+long (the same with 2 000 iterations), ablation (weights, preservation, inner steps, epsilon, fixed kinds),
+mobilenet (64 and 512 images of 224 px, 60 iterations), mobilenet-128 (the same at 128 px with 200, and W2A4
+with 2 000), mobilenet-few (128 px, 32 images), mobilenet-long (at 224 px with 500, for a GPU). Finished runs
+are kept in benchmarks/results/metaaug.jsonl and not repeated.
 """
 
 from __future__ import annotations
@@ -41,13 +40,10 @@ _PLAIN, _PLAIN_BOTH, _PLAIN_64 = (
     "genie, 64 images from plain noise too",
 )
 _REAL_512 = "genie, 512 real images instead"
-_POOL_64, _POLICY_POOL_64 = "pool, 64 copies each", "policy+pool, 64 copies each"
-_COMBINED = _POLICY_POOL, _POOL_BOTH, _POLICY_POOL_BOTH, *_ = (
+_COMBINED = _POLICY_POOL, _POOL_BOTH, _POLICY_POOL_BOTH = (
     "policy+pool",
     "pool, 256 synthetic images too",
     "policy+pool, 256 synthetic images too",
-    _POOL_64,
-    _POLICY_POOL_64,
 )
 # What stands beside the real images: where they come from (see data_free.py), and how many.
 _MADE = dict.fromkeys((_SYNTHETIC, _BOTH, _POOL_BOTH, _POLICY_POOL_BOTH), ("dgh", 256))
@@ -73,8 +69,6 @@ VARIANTS: dict[str, list[str]] = {
     "genie, twice the iterations": ["augmentation.kind=none"],
     "policy+flip+crop": [f"{_LEARNED}+flip+crop", *_POLICY],
     _POLICY_POOL: [f"{_LEARNED}+{_POOL}", *_POLICY],
-    _POOL_64: [f"augmentation.kind={_POOL}", "augmentation.copies=64"],
-    _POLICY_POOL_64: [f"{_LEARNED}+{_POOL}", *_POLICY, "augmentation.copies=64"],
     _POOL_BOTH: [f"augmentation.kind={_POOL}"],
     _POLICY_POOL_BOTH: [f"{_LEARNED}+{_POOL}", *_POLICY],
     "residual": [_LEARNED, *_RESIDUAL],
@@ -144,21 +138,6 @@ def images() -> list[Key]:
         for bits, num, variants in cells
         for variant in variants
     ]
-
-
-def images_published() -> list[Key]:
-    """From few images to many in the published code's placement, which is the default; set by set."""
-    few, usual = ("genie", "pool", "policy", _SYNTHETIC), ("genie", "policy")
-    counts = {"w2a2": (32, 8, 128, 512, 64, 256), "w2a4": (32, 512, 8, 128)}
-    return _published(
-        [
-            _key(variant, bits=bits, num=num, seed=seed, iterations=_SHORT)
-            for bits, numbers in counts.items()
-            for seed in _SETS
-            for num in numbers
-            for variant in (few if num in (8, 32, 128) else usual)
-        ]
-    )
 
 
 def ablation() -> list[Key]:
@@ -249,7 +228,6 @@ _CHANGES = VARIANTS | ABLATION | MOBILENET_VARIANTS | FEW_VARIANTS
 SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
     "main": (resnet20, main_table),
     "images": (resnet20, images),
-    "images-published": (resnet20, images_published),
     "published": (resnet20, published),
     "long": (resnet20, long),
     "ablation": (resnet20, ablation),

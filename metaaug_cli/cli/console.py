@@ -86,9 +86,9 @@ def reserve_stdout(*, until_exit: bool = False) -> Iterator[None]:
     """
     printed = sys.stdout
     printed.flush()
+    is_descriptor = _is_descriptor(printed, 1)
     kept = os.dup(1)
     os.dup2(2, 1)
-    is_descriptor = _is_descriptor(printed, 1)
     stream = os.fdopen(os.dup(kept), "w", encoding="utf-8") if is_descriptor else printed
     token = _DATA_STREAM.set(stream)
     try:
@@ -109,7 +109,7 @@ def _is_descriptor(stream: TextIO, number: int) -> bool:
     """Whether a stream writes to this descriptor; one that a test captures may have none."""
     try:
         return stream.fileno() == number
-    except OSError:
+    except (OSError, ValueError, AttributeError):
         return False
 
 

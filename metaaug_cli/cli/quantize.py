@@ -242,6 +242,7 @@ def _require_free(console: Console, out: Path, *, resume: bool) -> None:
     from metaaug_cli.runs.artifacts import RunDirectory
 
     directory = RunDirectory(out)
+    directory.require_utf8()
     directory.require_free(resume=resume)
     if resume and not directory.holds_run:
         console.note(f"--resume: there is no run in {out} yet, so this one starts afresh")
@@ -250,6 +251,7 @@ def _require_free(console: Console, out: Path, *, resume: bool) -> None:
 def _claim_directory(stack: ExitStack, out: Path | None, name: str, recipe: Recipe, *, resume: bool) -> Path:
     """Choose the run directory and keep other processes from writing into it."""
     for directory in _directories(out, name, recipe, resume=resume):
+        directory.require_utf8()
         try:
             stack.enter_context(directory.claim(resume=resume))
         except UsageError:

@@ -88,10 +88,10 @@ def read_weights(path: Path) -> Weights:
         raise _no_weights(loaded, path)
     if found.averaged:
         _logger.warning(
-            "%s: weights taken from its %r entry; averaged ones (EMA) lie beside it in %r and are not used "
+            "%s: weights taken from %s; averaged ones (EMA) lie beside it in %r and are not used "
             "(to use them, save that entry as a file of its own)",
             path.name,
-            found.entry,
+            f"its {found.entry!r} entry" if found.entry else "its top level",
             found.averaged,
         )
     text = f"{path.name}, its {found.entry!r} entry" if found.entry else path.name
@@ -135,14 +135,17 @@ def _find_tensors(loaded: object, depth: int = 0) -> _Found | None:
         return None
     tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
     averaged = [k for k in loaded if isinstance(k, str) and _AVERAGED_KEY.search(k)]
-    for key in (*_NESTED_KEYS, *averaged):
+    # Several tensors with dimensions are weights, and what lies beside them is something else.
+    flat = sum(tensor.dim() > 0 for tensor in tensors.values()) > 1
+    for key in () if flat else (*_NESTED_KEYS, *averaged):
         inner = _find_tensors(loaded.get(key), depth + 1)
-        # More tensors beside it than in it: these are the weights, and that is something else.
-        if inner is not None and len(inner.tensors) >= len(tensors):
+        if inner is not None:
             entry = f"{key}.{inner.entry}" if inner.entry else key
             beside = (k for k in averaged if key not in averaged and _find_tensors(loaded[k], depth + 1))
             return _Found(inner.tensors, entry, inner.averaged or next(beside, ""))
-    return _Found(tensors) if tensors else None
+    if not tensors:
+        return None
+    return _Found(tensors, averaged=next((k for k in averaged if _find_tensors(loaded[k], depth + 1)), ""))
 
 
 def _no_weights(loaded: object, path: Path) -> InputError:

@@ -39,8 +39,8 @@ def build_from_file(path: Path, factory: str, *, ask_weights: bool = False) -> t
     Args:
         path: The Python file. It is the user's own code and is executed.
         factory: Name of a function or class in it that returns an ``nn.Module``, or of a module object.
-        ask_weights: Find out whether the factory loads weights itself, which calls it once more; the file
-            is executed again only where its module level may have made them.
+        ask_weights: Find out whether the factory loads weights itself, for which the file is executed again
+            where it can be, and else the factory called again.
 
     Returns:
         The network, and whether its weights are the factory's own, not random; false unless asked.
@@ -121,21 +121,29 @@ class _UserFile:
 
 
 def _has_own_weights(module: nn.Module, file: _UserFile, factory: str) -> bool:
-    """Whether another random seed gives the same weights."""
-    digest = hash_state(tensors_in(module))  # first: a second call may change what both networks share
-    again = file.build(factory, seed=1)
-    if hash_state(tensors_in(again)) != digest:
-        return False
-    if not file.drew_numbers and not _share_memory(module, again):
-        return True
-    with neighbours_afresh(file.absolute, file.known):
-        other = _UserFile.executed(file.path, file.absolute, seed=1).build(factory, seed=1)
-    return hash_state(tensors_in(other)) == digest
+    """Whether another random seed gives the same weights, in a network of its own.
+
+    The file is executed again for that: a second call of the same factory may change what the first made.
+    Neighbours are executed again where numbers were drawn outside the factory, perhaps by them.
+    """
+    digest = hash_state(tensors_in(module))
+    try:
+        other = _UserFile.executed(file.path, file.absolute, seed=1)
+        same = hash_state(tensors_in(other.build(factory, seed=1))) == digest
+    except InputError:  # what registers itself can be executed once only
+        return _gives_the_same_again(file, factory, digest)
+    if same and file.drew_numbers:
+        with neighbours_afresh(file.absolute, file.known), contextlib.suppress(InputError):
+            other = _UserFile.executed(file.path, file.absolute, seed=1)
+            return hash_state(tensors_in(other.build(factory, seed=1))) == digest
+    return same
 
 
-def _share_memory(first: nn.Module, second: nn.Module) -> bool:
-    taken = {tensor.data_ptr() for tensor in tensors_in(first).values() if tensor.numel()}
-    return any(tensor.data_ptr() in taken for tensor in tensors_in(second).values())
+def _gives_the_same_again(file: _UserFile, factory: str, digest: str) -> bool:
+    """Whether another call with another seed gives the same weights; taken for granted where it fails."""
+    with contextlib.suppress(InputError):
+        return hash_state(tensors_in(file.build(factory, seed=1))) == digest
+    return True
 
 
 def plain_module(module: nn.Module, name: str) -> nn.Module:

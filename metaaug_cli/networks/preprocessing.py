@@ -238,8 +238,11 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16-bit values at 255 and would give a white image.
         values = np.asarray(image).astype(np.int64)
-        _deep_images.add(int(values.max(initial=0)))
-        image = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
+        greatest = int(values.max(initial=0))
+        is_deep = image.mode != "I" or greatest > 255  # "I" has no range of its own
+        if is_deep:
+            _deep_images.add(greatest)
+        image = Image.fromarray((values >> 8 * is_deep).clip(0, 255).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
     if image.mode == "P" and "transparency" in image.info:

@@ -52,8 +52,9 @@ def process_kept() -> Iterator[None]:
             torch.set_default_dtype(dtype)
             if torch.get_default_device() != device:
                 torch.set_default_device(None if device.type == "cpu" else device)
-            if folder is not None:
-                os.chdir(folder)
+            with contextlib.suppress(OSError):  # one that cannot be entered again was hardly left
+                if folder is not None and folder != os.getcwd():
+                    os.chdir(folder)
 
 
 @contextlib.contextmanager
@@ -88,14 +89,19 @@ def import_file(path: Path) -> ModuleType:
         InputError: It is not a Python file.
         Exception: Whatever its code raises.
     """
-    level = _relative_level(path)
-    if level:
-        return _import_in_package(path, level)
-    name = _unique(path, path.stem)
+    try:
+        return _executed(_spec(_unique(path, path.stem), path))
+    except ImportError as error:
+        if "no known parent package" not in str(error):
+            raise
+    return _import_in_package(path, _relative_level(path))
+
+
+def _spec(name: str, path: Path) -> ModuleSpec:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
         raise InputError(f"{path} cannot be imported as Python", hint="MODEL is FILE.py:FACTORY")
-    return _executed(spec)
+    return spec
 
 
 def without_inference_tensors(module: nn.Module) -> nn.Module:
@@ -146,19 +152,18 @@ def _is_source_below(module: ModuleType, folders: list[Path]) -> bool:
 
 
 def _relative_level(path: Path) -> int:
-    """How many folders up the file's relative imports reach; 0 without any."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return 0  # importing it says what is wrong, and where
-    return max((node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)), default=0)
+    """How many folders up the relative imports of a file reach that has some."""
+    tree = ast.parse(path.read_bytes())
+    return max(node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
 
 
 def _import_in_package(path: Path, level: int) -> ModuleType:
     root = path.parents[min(level, len(path.parents)) - 1]
     root = _package_root(root) or root
     package = _package_name(root, path)
-    name = ".".join((package, *path.relative_to(root).with_suffix("").parts))
+    *folders, stem = path.relative_to(root).with_suffix("").parts
+    parent = ".".join((package, *folders))
+    name = f"{parent}.{stem}"
     sys.modules.pop(name, None)
     if package not in sys.modules:
         spec: ModuleSpec | None = None
@@ -170,7 +175,10 @@ def _import_in_package(path: Path, level: int) -> ModuleType:
             spec = ModuleSpec(package, None, is_package=True)
             spec.submodule_search_locations = [str(root)]
         _executed(spec)
-    return importlib.import_module(name)
+    if "." not in stem:
+        return importlib.import_module(name)
+    importlib.import_module(parent)
+    return _executed(_spec(f"{parent}.{stem.replace('.', '_')}", path))
 
 
 def _package_name(root: Path, path: Path) -> str:

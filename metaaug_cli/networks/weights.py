@@ -59,17 +59,22 @@ def _fitted(state: StateDict, expected: Iterable[str]) -> tuple[StateDict, list[
     left_out: list[str] = []
     while True:
         matched = len(names & state.keys())
+        complete = [p for p in _WRAPPER_PREFIXES if _is_complete(state, p, names)]
         for prefix in _WRAPPER_PREFIXES:
             under = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             outside = {k: v for k, v in state.items() if not k.startswith(prefix)}
-            complete = all(n in under or n.endswith(_DERIVED_SUFFIX) for n in names)
-            stripped = under if complete else outside | under
+            alone = complete == [prefix]  # under two of them, nobody can tell which network is meant
+            stripped = under | {k: v for k, v in outside.items() if k in names or not alone}
             if len(names & stripped.keys()) > matched or (matched == 0 and len(under) > len(outside)):
-                left_out += outside if complete else ()
+                left_out += [k for k in outside if k not in stripped]
                 state = stripped
                 break
         else:
             return state, left_out
+
+
+def _is_complete(state: StateDict, prefix: str, names: set[str]) -> bool:
+    return all(prefix + name in state or name.endswith(_DERIVED_SUFFIX) for name in names)
 
 
 def apply_state_dict(module: nn.Module, state: StateDict, source: str, *, ignore: str | None = None) -> None:

@@ -95,18 +95,26 @@ class RunDirectory:
         """How many blocks are done and kept."""
         return len(list(self.path.glob("blocks/*.json")))
 
+    def require_utf8(self) -> None:
+        """Fail early where no block file could be read back.
+
+        Raises:
+            UsageError: safetensors could not open files below such a path.
+        """
+        try:
+            str(self.path).encode("utf-8")
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"the run directory {self.path} is not valid UTF-8", hint="choose another --out"
+            ) from None
+
     def require_free(self, *, resume: bool) -> None:
         """Fail early where a run could not be written, or would land among files that are not its own.
 
         Raises:
-            UsageError: The directory holds a run and ``resume`` is off, it holds something else, or no block
-                file could be read back from a path like its own.
+            UsageError: The directory holds a run and ``resume`` is off, or it holds something else.
         """
         other = "choose another --out"
-        try:
-            str(self.path).encode("utf-8")
-        except UnicodeEncodeError:  # safetensors could not open its files
-            raise UsageError(f"--out {self.path} is not valid UTF-8", hint=other) from None
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--out {self.path} is a file", hint=other)
         if self.holds_run:

@@ -95,6 +95,24 @@ def test_nor_can_what_it_prints_past_python_or_in_a_process_it_starts(capfd):
     assert err == "from compiled code\nfrom a process\n"
 
 
+def test_a_stdout_that_is_no_file_keeps_the_json(monkeypatch):
+    class Tee:
+        written = ""
+
+        def write(self, text):
+            self.written += text
+
+        def flush(self):
+            pass
+
+    tee = Tee()
+    monkeypatch.setattr(sys, "stdout", tee)
+    with reserve_stdout():
+        print("hello from model.py")  # noqa: T201
+        Console(json=True).data([1, 2])
+    assert json.loads(tee.written) == [1, 2]
+
+
 def test_what_compiled_code_held_back_does_not_follow_the_json():
     code = (
         "import ctypes\n"

@@ -81,6 +81,25 @@ def test_what_lies_outside_the_networks_prefix_is_left_out(network_file, state, 
     assert caplog.messages[0].endswith("2 others: criterion.weight, model_ema.module.fc.bias")
 
 
+def test_two_networks_under_prefixes_of_their_own_are_refused(network_file, state, tmp_path):
+    both = {**with_prefix(state, "net."), **with_prefix(averaged(state), "model.")}
+    with pytest.raises(InputError, match="unexpected"):
+        loaded(network_file, tmp_path, both)
+
+
+def test_names_that_fit_as_they_are_come_before_those_under_a_prefix(network_file, state, tmp_path):
+    own = {name: value for name, value in state.items() if name.startswith("fc.")}
+    found = loaded(network_file, tmp_path, {**own, **with_prefix(averaged(state), "backbone.")})
+    assert torch.equal(found.module.fc.weight, state["fc.weight"])
+    assert torch.equal(found.module.conv.weight, state["conv.weight"] * 0.5)
+
+
+def test_weights_at_the_top_come_before_others_beside_them(network_file, state, tmp_path, caplog):
+    found = loaded(network_file, tmp_path, {**state, "ema": averaged(state)})
+    assert torch.equal(found.module.conv.weight, state["conv.weight"])
+    assert "from its top level; averaged ones (EMA) lie beside it in 'ema'" in caplog.text
+
+
 def test_a_file_with_more_than_the_network_is_refused_for_that(network_file, state, tmp_path):
     with pytest.raises(InputError, match=r"1 unexpected: head\.weight") as caught:
         loaded(network_file, tmp_path, {**state, "head.weight": torch.ones(2)})

@@ -133,11 +133,37 @@ def test_random_weights_made_outside_the_factory_are_seen(project, text):
         load_model(f"{folder}/net.py:build", **FLAGS)
 
 
-def test_the_file_runs_once_where_it_draws_no_random_numbers(project):
+@pytest.mark.parametrize(
+    ("change", "factor"),
+    [("NET.register_forward_hook(lambda *a: a[2] * 10)", 10), ("NET.conv.weight.data *= 2", 2)],
+    ids=["hook", "weights"],
+)
+def test_a_factory_that_changes_its_modules_network_changes_it_once(project, change, factor):
     folder, name = project
-    write(folder, net=noting_its_runs(folder, f"from {name} import trained as build"))
-    load_model(f"{folder}/net.py:build", **FLAGS)
-    assert (folder / "runs").read_text() == "x"
+    write(
+        folder,
+        plain=f"from {name} import trained as build\n",
+        net=f"from {name} import trained\nNET = trained()\nNET.conv.bias.data.zero_()\n"
+        f"def build():\n    {change}\n    return NET\n",
+    )
+    plain, changed = (load_model(f"{folder}/{file}.py:build", **FLAGS).module for file in ("plain", "net"))
+    plain.conv.bias.data.zero_()
+    image = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(changed(image), factor * plain(image))
+
+
+def test_a_neighbour_that_can_be_executed_once_only_is_no_reason_to_refuse(project):
+    folder, name = project
+    write(folder, **{f"registry_{name}": REGISTRY})
+    write(
+        folder, **{f"user_{name}": f"from registry_{name} import register\n@register\ndef a():\n    pass\n"}
+    )
+    write(
+        folder,
+        net=f"import torch\nimport user_{name}\ntorch.manual_seed(3)\nfrom {name} import trained as build\n",
+    )
+    assert load_model(f"{folder}/net.py:build", **FLAGS).module.conv.bias[0] == 0.5
 
 
 def test_forward_may_import_neighbours_and_the_path_is_left_alone(project):
@@ -179,7 +205,22 @@ def test_relative_imports(project, marked):
         write(package, __init__="from .nets.net import build\n")
         write(inner, __init__="")
     assert load_model(f"{inner}/net.py:build", **FLAGS).module.conv.bias[0] == 0.5
-    assert (folder / "runs").read_text() == "x"
+    assert (folder / "runs").read_text() == "xx"  # once more with another seed
+
+
+@pytest.mark.parametrize("file", ["net", "net.v2"])
+def test_a_file_that_falls_back_to_plain_imports_or_has_dots_in_its_name(project, file):
+    folder, name = project
+    package = write(folder / f"pkg_{name}", layers=NETWORK, __init__="import not_installed_anywhere\n")
+    (package / f"{file}.py").write_text(
+        "try:\n    from .layers import trained as build\n"
+        "except ImportError:\n    from layers import trained as build\n"
+    )
+    assert load_model(f"{package}/{file}.py:build", **FLAGS).module.conv.bias[0] == 0.5
+    other = write(folder / f"other_{name}", layers=NETWORK)
+    (other / f"{file}.py").write_text("from .layers import trained as build\n")
+    assert load_model(f"{other}/{file}.py:build", **FLAGS).module.conv.bias[0] == 0.5
+    sys.modules.pop("layers", None)
 
 
 def test_relative_imports_in_a_folder_named_like_another_module(project):

@@ -90,7 +90,7 @@ def test_claiming_leaves_nothing_among_other_files(tmp_path):
 def test_a_name_whose_files_could_not_be_read_back_is_refused(tmp_path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff"))
     with pytest.raises(UsageError, match="not valid UTF-8"):
-        RunDirectory(path).require_free(resume=False)
+        RunDirectory(path).require_utf8()
 
 
 @pytest.mark.parametrize(
