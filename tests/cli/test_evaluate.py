@@ -4,72 +4,17 @@ import json
 import os
 import re
 import shutil
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from types import SimpleNamespace
 
 import jsonschema
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
-from PIL import Image
-from safetensors.torch import save_file
-from user_code import classifier
+from evaluate_command import CLASSES, FLAGS, SIZE, evaluate, report_of
 
-from metaaug_cli.cli.app import main
 from metaaug_cli.verification.report import report_schema
-
-SIZE, CLASSES, IMAGES = 12, 6, 60
-FLAGS = ["--size", str(SIZE), "--mean", ".5,.5,.5", "--std", ".25,.25,.25"]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A network, a labelled folder on which float is right four times in five, and a quantized run."""
-    root = tmp_path_factory.mktemp("evaluate")
-    (root / "net.py").write_text(classifier(CLASSES))
-    namespace = {}
-    exec(classifier(CLASSES), namespace)
-    torch.manual_seed(3)
-    module = namespace["Net"]().eval()
-    with torch.no_grad():
-        module.head.weight.mul_(20)
-    save_file(module.state_dict(), root / "net.safetensors")
-
-    generator = np.random.default_rng(0)
-    arrays = generator.integers(0, 256, (IMAGES, 1, 1, 3)) * 0.5 + generator.integers(
-        0, 128, (IMAGES, SIZE, SIZE, 3)
-    )
-    images = arrays.astype(np.uint8)
-    inputs = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
-    with torch.no_grad():
-        centred = module(inputs)
-        module.head.bias -= centred.mean(0)
-        save_file(module.state_dict(), root / "net.safetensors")
-        answers = module(inputs).argmax(1)
-    labels = answers.clone()
-    labels[::5] = (labels[::5] + 1) % CLASSES
-    for label in range(CLASSES):
-        (root / "val" / f"class{label}").mkdir(parents=True)
-    (root / "flat").mkdir()
-    for index, label in enumerate(labels.tolist()):
-        Image.fromarray(images[index]).save(root / "val" / f"class{label}" / f"{index:03d}.png")
-        Image.fromarray(images[index]).save(root / "flat" / f"{index:03d}.png")
-
-    model = [f"{root / 'net.py'}:net", "--weights", str(root / "net.safetensors"), *FLAGS]
-    run = root / "run"
-    arguments = ["quantize", *model, "--calib", str(root / "flat"), "--wbits", "8", "--abits", "8"]
-    assert main([*arguments, "--method", "nearest", "--out", str(run), "--quiet"]) == 0
-    return SimpleNamespace(
-        root=root, run=run, val=root / "val", flat=root / "flat", inputs=inputs, labels=labels, model=model
-    )
-
-
-def evaluate(*arguments):
-    return main(["evaluate", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +22,6 @@ def onnx_file(work):
     """The file the run exported."""
     assert evaluate(work.run, "--data", work.val, "--quiet") == 0
     return work.run / "model.onnx"
-
-
-def report_of(capsys, *arguments):
-    code = evaluate(*arguments, "--json", "--quiet")
-    report = json.loads(capsys.readouterr().out)
-    jsonschema.validate(report, report_schema())
-    return code, report
 
 
 def test_a_run_ends_in_the_table_the_verdict_and_the_kernels(work, capsys):
@@ -383,25 +321,3 @@ def test_nothing_is_left_behind_by_a_refused_call(work, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert evaluate(work.run, "--data", "none", "--json", "r.json", "--junit", "j.xml", "--parity") == 2
     assert list(Path(tmp_path).iterdir()) == []
-
-
-def test_openvino_beside_onnx_runtime(work, capsys):
-    pytest.importorskip("openvino", reason="the openvino extra is not installed", exc_type=ImportError)
-    code, report = report_of(capsys, work.run, "--data", work.val, "--openvino")
-    assert code == 0
-    found = report["openvino"]
-    assert found["kernels"]["integer"] == found["kernels"]["layers"] == 3
-    assert found["agreement"] == report["evaluation"]["scores"]["openvino"]["agreement"]["onnxruntime"]
-    assert found["agreement"] >= 0.9
-    assert evaluate(work.run, "--data", work.val, "--openvino") == 0
-    out = capsys.readouterr().out
-    assert "3 of 3 convolutions and linear layers run as 8-bit" in " ".join(out.split())
-    assert max(map(len, out.splitlines())) <= 80
-
-
-def test_openvino_without_its_extra(work, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    assert evaluate(work.run, "--data", work.val, "--openvino") == 2
-    error = capsys.readouterr().err
-    assert "OpenVINO is not installed" in error
-    assert "hint: pip install openvino" in error

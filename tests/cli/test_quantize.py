@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from quantize_command import LEARNED, command, flat
 
 from metaaug_cli import demo
 from metaaug_cli.cli.app import main
@@ -21,26 +21,6 @@ from metaaug_cli.runs.artifacts import LOG_FILE, RUN_FILE, RunDirectory, read_in
 from metaaug_cli.runs.finished import load_run
 
 COMMAND = [sys.executable, "-m", "metaaug_cli"]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """A folder with the demo's network, its weights and 40 images."""
-    folder = tmp_path_factory.mktemp("digits")
-    for name in (demo.MODEL, demo.WEIGHTS):
-        shutil.copyfile(Path(demo.__file__).parent / "assets" / name, folder / name)
-    train, _ = demo.load_digits_split()
-    demo.write_image_folder(demo.Digits(train.images[:40], train.labels[:40]), folder / "calib")
-    return folder
-
-
-def command(digits, *extra, out=None):
-    """Arguments of a short run; the model's preprocessing is not in its file."""
-    arguments = ["quantize", f"{digits / demo.MODEL}:digits_cnn", "--weights", str(digits / demo.WEIGHTS)]
-    arguments += ["--calib", str(digits / "calib"), "--size", "8"]
-    arguments += ["--mean", str(demo.MEAN), "--std", str(demo.STD), "--device", "cpu"]
-    arguments += ["--wbits", "4", "--abits", "4", "--iterations", "8", "--batch", "8", *extra]
-    return [*arguments, "--out", str(out)] if out else arguments
 
 
 def environment():
@@ -58,10 +38,6 @@ def finished(digits):
     return done, out
 
 
-def flat(text):
-    return " ".join(text.split())
-
-
 def test_made_images_are_learned_from_beside_the_others(digits, tmp_path, capsys):
     out = tmp_path / "run"
     assert planned_synthesis(digits, capsys) > 0
@@ -76,32 +52,6 @@ def test_made_images_are_learned_from_beside_the_others(digits, tmp_path, capsys
 def planned_synthesis(digits, capsys):
     assert main(command(digits, "--synthetic", "4", "--plan", "--json")) == 0
     return json.loads(capsys.readouterr().out)["synthesis_seconds"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "hinted"),
-    [
-        (["--wbits", "2"], True),
-        ([], False),
-        (["--wbits", "2", "--method", "nearest"], False),
-        (["--wbits", "2", "--synthetic", "1"], False),
-    ],
-)
-def test_few_images_at_two_bits_are_told_of_made_ones(digits, capsys, flags, hinted):
-    assert main(command(digits, *flags, "--plan")) == 0
-    assert ("40 are few: --synthetic 256" in flat(capsys.readouterr().err)) is hinted
-
-
-@pytest.mark.parametrize(
-    ("flags", "hinted"),
-    [([], False), (["--wbits", "2"], True), (["--wbits", "2", "--augment", "none"], False)],
-)
-def test_many_images_at_two_bits_are_told_what_the_default_costs(digits, capsys, monkeypatch, flags, hinted):
-    monkeypatch.setattr("metaaug_cli.cli.quantize._FEW_IMAGES", 30)
-    assert main(command(digits, *flags, "--plan")) == 0
-    shown = flat(capsys.readouterr().err)
-    assert ("MetaAug runs by default at 2 bits; with more than 30 images" in shown) is hinted
-    assert "are few" not in shown
 
 
 def test_the_run_says_what_it_did_and_what_comes_next(finished):
@@ -166,23 +116,6 @@ def test_json_is_all_there_is_on_stdout(digits, tmp_path, capfd):
     assert err
 
 
-def test_plan_shows_every_block_and_writes_nothing(digits, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    assert main(command(digits, "--plan")) == 0
-    out, _ = capfd.readouterr()
-    assert list(tmp_path.iterdir()) == []
-    assert "7 blocks" in flat(out)
-    assert "of learning" in flat(out)
-    for name in ("stem.0", "body.0", "body.1", "head"):
-        assert any(line.split()[:1] == [name] for line in out.splitlines()), name
-
-
-LEARNED = [
-    *("--augment", "metaaug", "--holdout", "8", "--iterations", "2"),
-    *("--set", "metaaug.steps=2", "--set", "metaaug.base_width=4", "--set", "metaaug.form=residual"),
-]
-
-
 def test_a_learned_augmenter_is_shown_and_its_trouble_told(digits, tmp_path, capfd):
     out = tmp_path / "run"
     assert main(command(digits, *LEARNED, out=out)) == 0
@@ -200,27 +133,6 @@ def test_a_learned_augmenter_is_shown_and_its_trouble_told(digits, tmp_path, cap
     # Two steps from the identity are next to nothing.
     assert "warning: block body.0: the augmenter has collapsed to the identity" in flat(stderr)
     assert "the augmenter has collapsed to the identity" in (out / "log.txt").read_text()
-
-
-def test_settings_of_an_augmenter_that_is_not_learned_are_pointed_out(digits, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    forgotten = ["--set", "metaaug.steps=2", "--plan"]
-    assert main(command(digits, *forgotten)) == 0
-    assert "warning: --set metaaug.steps=2 has no effect" in flat(capfd.readouterr().err)
-    assert main(command(digits, *forgotten, "--augment", "metaaug")) == 0
-    assert "has no effect" not in flat(capfd.readouterr().err)
-
-
-def test_a_plan_that_holds_back_every_image_is_refused(digits, capfd):
-    assert main(command(digits, "--holdout", "100000", "--plan")) == 2
-    assert "leave none to learn from" in flat(capfd.readouterr().err)
-
-
-def test_plan_tells_the_augmenters_share(digits, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    assert main(command(digits, *LEARNED, "--plan")) == 0
-    assert "learned augmenter: residual, 2 steps for each block but the first" in flat(capfd.readouterr().out)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_an_augmenter_nothing_is_said_of_one(finished):
