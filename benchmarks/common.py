@@ -134,10 +134,12 @@ def quantized(
 ) -> QuantizedModel:
     """Quantize with recipe settings written ``section.key=value``, on top of the defaults or of ``base``.
 
-    Without ``base`` the first layer's output has ``act_bits``, as when the older records were made.
+    Without ``base`` the first layer's output has ``act_bits`` and learning starts from the nearest codes, as
+    when the older records were made.
     """
     keep_freed_memory()
-    start = base or Recipe().override(["quantization.stem_output_bits=same"])
+    older = ["quantization.stem_output_bits=same", "reconstruction.start=nearest"]
+    start = base or Recipe().override(older)
     recipe = start.override([f"seed={seed}", f"calibration.num={num}", *settings])
     calibration = load_calibration_set(
         subject.calib, preprocessing=subject.model.preprocessing, num=num, seed=seed

@@ -14,7 +14,7 @@ from common import is_recorded, measure, record, resnet20
 from metaaug_cli.recipe.config import load_recipe
 
 RECIPES = (
-    "w8a8", "few-shot-32", "few-shot-32-synthetic",
+    "w8a8", "w4a4-gptq", "w2a4-gptq", "few-shot-32", "few-shot-32-synthetic",
     "w2a2-metaaug-fast", "w2a4-metaaug-fast", "w4a4-metaaug-fast",
     "w2a2", "w2a4", "w4a4", "w2a2-metaaug", "w2a4-metaaug", "w4a4-metaaug",
 )  # fmt: skip

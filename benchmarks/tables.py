@@ -14,6 +14,7 @@ from statistics import mean, median
 import tables_calibration
 import tables_deployment
 import tables_metaaug
+import tables_starts
 from tables_common import ROOT, Record, markdown, records, spread
 
 from metaaug_cli.recipe.config import load_recipe
@@ -213,6 +214,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "resnet20-long": resnet20_long,
     "resnet20-schedules": resnet20_schedules,
     "mobilenet": mobilenet,
+    "starts": tables_starts.starts,
     "recipes": recipes,
     "architectures": architectures,
     "kills": kills,

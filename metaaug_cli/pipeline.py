@@ -28,11 +28,13 @@ from metaaug_cli.prepare import (
     augmenter_of,
     copies_of,
     fitted_to,
+    learns,
     learns_augmenter,
     meta_schedule_of,
     prepare_chain,
     require_finite,
     schedule_of,
+    starts_second_order,
 )
 from metaaug_cli.quantization.blocks import Block, Chain, search_activation_scales, widen_output_grids
 from metaaug_cli.quantization.cache import BlockData, default_budget
@@ -43,6 +45,7 @@ from metaaug_cli.quantization.reconstruct import (
     probe_loss,
     reconstruct_block,
 )
+from metaaug_cli.quantization.start import start_second_order
 from metaaug_cli.quantization.walk import Walker
 from metaaug_cli.recipe.augment_kinds import learned_part
 from metaaug_cli.recipe.config import Recipe
@@ -52,7 +55,7 @@ from metaaug_cli.runs.measured import run_metrics
 from metaaug_cli.runs.run_info import Fingerprint, RunInfo
 
 _logger = logging.getLogger(__name__)
-_SCALE_SEARCH_IMAGES = 64
+_SCALE_SEARCH_IMAGES, _ROUNDING_IMAGES = 64, 128
 # Nothing makes synthetic images cause the logits of real ones: ResNet-20's reach 0.7 to 0.9 of the greatest.
 _SYNTHETIC_HEADROOM = 2.0
 
@@ -247,8 +250,7 @@ class _Run:
         schedule, total = schedule_of(recipe), _steps_per_block(recipe)
         generator = torch.Generator().manual_seed((recipe.seed * 100_003 + block.index) % 2**63)
         data = self.walker.enter(block, learns=schedule.iterations > 0)
-        chosen = torch.randperm(len(data), generator=generator)[:_SCALE_SEARCH_IMAGES]
-        search_activation_scales(block, data.quantized_stream.batch(chosen))
+        self._begin(block, data, torch.randperm(len(data), generator=generator))
         _logger.info(
             "block %s: %d layers, %d activation grids", block.name, len(block.weights), len(block.activations)
         )
@@ -266,6 +268,16 @@ class _Run:
         history.losses = self._losses(block, data)
         history.augmentation = augmentation
         return history
+
+    def _begin(self, block: Block, data: BlockData, drawn: Tensor) -> None:
+        """Activation scales searched, weights rounded: what learning starts from, or all that is done."""
+        if not starts_second_order(self.recipe):
+            search_activation_scales(block, data.quantized_stream.batch(drawn[:_SCALE_SEARCH_IMAGES]))
+            return
+        drawn = drawn[:_ROUNDING_IMAGES]
+        floats = None if learns(self.recipe) else data.float_stream.batch(drawn)
+        seed = self.recipe.seed * 100_003 + block.index
+        start_second_order(block, data.quantized_stream.batch(drawn), floats, seed)
 
     def _augment(
         self,

@@ -21,6 +21,7 @@ from metaaug_cli.recipe.config import Recipe
 _LEARNS_WEIGHT_SCALE = {"genie"}
 _LEARNS_ACT_SCALE = {"brecq", "qdrop", "genie"}
 _DROPS = {"qdrop", "genie"}
+_LEARNS_NOTHING = {"nearest", "gptq"}
 _RATES = {"unet": 5e-6, "residual": 1e-3, "policy": 5e-3}
 _PUBLISHED_META_STEPS = 500
 _EPSILON_W2A2, _EPSILON = 0.3, 0.1
@@ -86,10 +87,21 @@ def bits_of(recipe: Recipe) -> Bits:
     )
 
 
+def learns(recipe: Recipe) -> bool:
+    """Whether blocks are learned, rather than rounded once."""
+    return recipe.reconstruction.method not in _LEARNS_NOTHING
+
+
+def starts_second_order(recipe: Recipe) -> bool:
+    """Whether weights are rounded by GPTQ, before learning or instead of it."""
+    r = recipe.reconstruction
+    return r.method == "gptq" or (learns(recipe) and r.start == "second-order")
+
+
 def schedule_of(recipe: Recipe) -> Schedule:
     """The recipe's reconstruction settings as one block's schedule."""
     r = recipe.reconstruction
-    iterations = 0 if r.method == "nearest" else r.iterations
+    iterations = r.iterations if learns(recipe) else 0
     return Schedule(
         iterations=iterations,
         batch_size=r.batch_size,
@@ -111,7 +123,7 @@ def schedule_of(recipe: Recipe) -> Schedule:
 def augmentation_kind(recipe: Recipe) -> str:
     """The recipe's kind; ``auto`` is the learned augmenter at 2 bits, but nothing beside made images."""
     kind = recipe.augmentation.kind
-    if recipe.reconstruction.method == "nearest":
+    if not learns(recipe):
         return NONE
     if kind != AUTO:
         return kind

@@ -220,7 +220,7 @@ def _hint_at_augmentation(
     """What docs/benchmarks.md says of few images and of many, where the user has not chosen otherwise."""
     from torch import nn
 
-    from metaaug_cli.prepare import has_few_bits, learns_augmenter
+    from metaaug_cli.prepare import has_few_bits, learns, learns_augmenter
 
     images = len(calibration.images)
     few = images <= _FEW_IMAGES
@@ -229,12 +229,11 @@ def _hint_at_augmentation(
             f"MetaAug runs by default at 2 bits; with more than {_FEW_IMAGES} images it gained nothing where "
             "it was measured, and --augment none is faster"
         )
-    learns = recipe.reconstruction.method != "nearest"
     remembers = isinstance(loaded.module, nn.Module) and any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) for module in loaded.module.modules()
     )
     made = calibration.holds_synthetic or recipe.calibration.synthetic
-    if few and has_few_bits(recipe) and learns and remembers and not made:
+    if few and has_few_bits(recipe) and learns(recipe) and remembers and not made:
         console.note(f"{images} are few: --synthetic 256 adds images made from the network's batch norms")
 
 

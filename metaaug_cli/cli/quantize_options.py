@@ -89,7 +89,7 @@ MethodOpt = Annotated[
     typer.Option(
         "--method",
         metavar="NAME",
-        help="genie, qdrop, brecq, adaround or nearest.",
+        help="genie, qdrop, brecq, adaround; or gptq (seconds) and nearest, which learn nothing.",
         rich_help_panel=METHOD_PANEL,
     ),
 ]

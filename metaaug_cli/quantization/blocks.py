@@ -229,7 +229,7 @@ def _biased_on_grid(
     return quantize_bias(bias, *(learned_scale(*pair, power_of_two=power_of_two) for pair in scales))
 
 
-class _ScaleSearch(fx.Interpreter):
+class ScaleSearch(fx.Interpreter):
     """Runs a quantized block once and sets each activation scale from the values that reach it."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -243,7 +243,7 @@ class _ScaleSearch(fx.Interpreter):
 def search_activation_scales(block: Block, inputs: tuple[Tensor, ...]) -> None:
     """Set every activation scale of the block, in execution order, on one batch of inputs (N, …)."""
     if block.activations:
-        _ScaleSearch(block.quantized_block).run(*inputs)
+        ScaleSearch(block.quantized_block).run(*inputs)
 
 
 def widen_output_grids(chain: Chain, headroom: float) -> None:

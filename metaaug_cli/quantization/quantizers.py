@@ -21,6 +21,7 @@ _CONTAINER_BITS = 8
 _LEAST_ACTIVATION_SCALE = 1e-6
 _LEAST_RELATIVE_SCALE = 2.0**-14
 _VANISHING, _DEAD_SCALE = 1e-6, 1e-3
+_CLEAR = 1e-3  # how far from 1/2 a soft rounding starts, so that the code it stands for is beyond doubt
 
 
 def learned_scale(base: Tensor, relative: Tensor, *, power_of_two: bool) -> Tensor:
@@ -63,8 +64,7 @@ class WeightQuantizer(nn.Module):
         )
         if symmetric:
             zero_point = torch.full_like(zero_point, 2 ** (bits - 1))
-        # A dead channel's scale near 0 would push its bias code past int32.
-        scale = torch.maximum(scale, scale.max() * _LEAST_RELATIVE_SCALE)
+        scale = _within_int32(scale)
         if float(largest.max()) < _VANISHING:  # a dead layer: its codes are 0 on any grid
             scale = torch.full_like(scale, _DEAD_SCALE)
         per_channel = (-1, *[1] * (weight.dim() - 1))
@@ -91,6 +91,39 @@ class WeightQuantizer(nn.Module):
         if self.soft:
             return soft_rounding(self.rounding_logits)
         return (self.rounding_logits >= 0).to(self.base.dtype)
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        """The float weight as given, as long as nothing is learned."""
+        scale = self.base_scale.view(-1, *[1] * (self.base.dim() - 1))
+        return (self.base + soft_rounding(self.rounding_logits)) * scale
+
+    @torch.no_grad()
+    def start_at(self, codes: Tensor, scale: Tensor, wanted: Tensor) -> None:
+        """Begin with other codes than the nearest; learning may move each towards ``wanted``.
+
+        The soft rounding starts halfway between the code and the wanted weight: at the weight itself it
+        would forget the codes, at the codes it would hardly move.
+
+        Args:
+            codes: Signed, code minus zero point, shaped like the weight.
+            scale: (out,) positive.
+            wanted: Float weight that the codes stand for.
+        """
+        per_channel = (-1, *[1] * (self.base.dim() - 1))
+        scale, codes = _within_int32(scale.to(self.base.dtype)), codes.to(self.base.dtype)
+        zero_point = self.zero_point.view(per_channel)
+        exact = (wanted / scale.view(per_channel)).to(codes.dtype)
+        exact = torch.clamp(exact, -zero_point, 2**self.bits - 1 - zero_point)
+        exact = torch.clamp(exact, codes - 1, codes + 1)
+        above = codes < exact
+        base = torch.where(above, codes, codes - 1)
+        halfway = (0.5 * (exact + codes) - base).to(codes.dtype)
+        halfway = torch.where(above, halfway.clamp(max=0.5 - _CLEAR), halfway.clamp(min=0.5 + _CLEAR))
+        self.base.copy_(base)
+        self.base_scale.copy_(scale)
+        self.relative_scale.fill_(1.0)
+        self.rounding_logits.copy_(inverse_soft_rounding(halfway))
 
     def codes(self) -> Tensor:
         """Unsigned codes as floats, shaped like the weight."""
@@ -216,6 +249,11 @@ class ActivationQuantizer(nn.Module):
             self.base_scale.copy_(state["scale"])
             self.relative_scale.fill_(1.0)
             self.zero_point.copy_(state["zero_point"].float())
+
+
+def _within_int32(scale: Tensor) -> Tensor:
+    """Scales (out,) of which none, a dead channel's, is so near 0 that its bias code passes int32."""
+    return torch.maximum(scale, scale.max() * _LEAST_RELATIVE_SCALE)
 
 
 def _spread_sample(values: Tensor, count: int) -> Tensor:

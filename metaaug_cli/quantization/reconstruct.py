@@ -98,7 +98,7 @@ def reconstruct_block(
         tick: Called with (step, steps).
 
     Returns:
-        Losses before (searched scales, nearest rounding) and after, on up to 256 images, and the curve.
+        Losses before (with the codes and scales it starts from) and after, on up to 256 images; the curve.
 
     Raises:
         InputError: The full-precision block gives NaN or infinite values for some of the images.
@@ -136,7 +136,7 @@ def _diverged(block: Block) -> MetaAugError:
     return MetaAugError(
         f"block {block.name}: learning ended in NaN or infinite values, here or in a block before it",
         hint="start afresh with another --out and lower learning rates (--set reconstruction.lr_scale=1), or "
-        "learn less: --method adaround learns roundings alone, --method nearest nothing",
+        "learn less: --method adaround learns roundings alone, --method gptq nothing",
     )
 
 

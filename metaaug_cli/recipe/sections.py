@@ -158,11 +158,16 @@ class Quantization(Section):
 class Reconstruction(Section):
     """How the blocks are fitted to the float network."""
 
-    method: Literal["nearest", "adaround", "brecq", "qdrop", "genie"] = Field(
+    method: Literal["nearest", "gptq", "adaround", "brecq", "qdrop", "genie"] = Field(
         default="genie",
-        description="`nearest` searches scales and learns nothing; `adaround` learns the rounding layer by "
-        "layer; `brecq` block by block, with the activation scales; `qdrop` leaves activations "
-        "unquantized at random while it learns; `genie` learns the weight scales too.",
+        description="`nearest` searches scales and learns nothing; `gptq` rounds the weights of a layer one "
+        "after the other, each making up for the error of those before it, and learns nothing; `adaround` "
+        "learns the rounding layer by layer; `brecq` block by block, with the activation scales; `qdrop` "
+        "leaves activations unquantized at random while it learns; `genie` learns the weight scales too.",
+    )
+    start: Literal["second-order", "nearest"] = Field(
+        default="second-order",
+        description="Codes that learning starts from: those of `gptq`, or the nearest ones as published.",
     )
     iterations: int = Field(default=2000, ge=1, description="Optimizer steps per block.")
     batch_size: int = Field(default=32, ge=1, description="Images per step.")

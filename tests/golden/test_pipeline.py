@@ -278,7 +278,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop"])
 def test_every_method_beats_nearest_rounding(method):
-    settings = ["quantization.act_bits=4", "reconstruction.iterations=60"]
+    settings = ["quantization.act_bits=4", "reconstruction.iterations=60", "reconstruction.start=nearest"]
     result = quantize(
         exported(), calibration(), recipe=recipe(*settings, f"reconstruction.method={method}"), device="cpu"
     )
@@ -286,6 +286,18 @@ def test_every_method_beats_nearest_rounding(method):
     after = sum(h.loss_after for h in result.histories[1:-1])
     assert after < 0.9 * before
     assert len(result.chain.blocks) == (9 if method == "adaround" else 5)
+
+
+def test_gptq_learns_nothing_and_comes_nearer_to_float_than_nearest_rounding():
+    calib, errors = calibration(), {}
+    for method in ("nearest", "gptq"):
+        settings = [f"reconstruction.method={method}", "quantization.act_bits=8"]
+        result = quantize(exported(), calib, recipe=recipe(*settings), device="cpu")
+        with torch.no_grad():
+            exact, found = result.float_module(calib.images), result.deployed(calib.images)
+        errors[method] = float((exact - found).square().mean())
+        assert all(h.loss_before == h.loss_after and not h.curve for h in result.histories)
+    assert errors["gptq"] < 0.7 * errors["nearest"]
 
 
 if __name__ == "__main__":

@@ -75,6 +75,33 @@ def test_every_channel_has_its_own_searched_scale():
         assert float(quantizer.zero_point[channel]) == float(zero)
 
 
+@given(seed=st.integers(0, 10_000), bits=st.sampled_from([2, 3, 4, 8]))
+def test_learning_may_start_from_any_codes(seed, bits):
+    generator = torch.Generator().manual_seed(seed)
+    weight = random_weight((4, 3, 3, 3), seed)
+    quantizer = WeightQuantizer(weight, bits, symmetric=bits == 8)
+    torch.testing.assert_close(quantizer.weight(), weight, rtol=1e-4, atol=1e-6)
+    zero_point = quantizer.zero_point.view(-1, 1, 1, 1)
+    codes = torch.randint(0, 2**bits, weight.shape, generator=generator) - zero_point
+    scale = quantizer.scale.detach() * (0.5 + torch.rand(4, generator=generator))
+    wanted = scale.view(-1, 1, 1, 1) * (codes + 1.5 * torch.randn(weight.shape, generator=generator))
+    quantizer.start_at(codes, scale, wanted)
+    torch.testing.assert_close(quantizer.codes() - zero_point, codes)
+    torch.testing.assert_close(quantizer.scale.detach(), scale)
+    # Soft, it stands halfway between the code and what was wanted, as far as that is next to it.
+    quantizer.soft = True
+    exact = (wanted / scale.view(-1, 1, 1, 1)).clamp(min=-zero_point, max=2**bits - 1 - zero_point)
+    halfway = codes + 0.5 * (exact - codes).clamp(-1, 1)
+    torch.testing.assert_close(quantizer.codes() - zero_point, halfway, rtol=0, atol=2e-3)
+
+
+def test_a_start_cannot_push_a_bias_past_int32():
+    quantizer = WeightQuantizer(random_weight((3, 20)), 4, symmetric=False)
+    scale = torch.tensor([1.0, 1e-20, 1.0])
+    quantizer.start_at(torch.zeros(3, 20), scale, torch.zeros(3, 20))
+    torch.testing.assert_close(quantizer.scale.detach(), torch.tensor([1.0, 2.0**-14, 1.0]))
+
+
 def test_symmetric_zero_point_is_the_middle_even_for_positive_channels():
     weight = random_weight((3, 20)).abs()
     quantizer = WeightQuantizer(weight, 8, symmetric=True)

@@ -90,7 +90,8 @@ reconstruction: {method: geni, iterations: 2.5}
         "quantization.first_last_bits: must be a valid integer, unable to parse string as an integer or "
         "'same', not 'sme'",
         "quantization.rounding_lr: unknown key, did you mean reconstruction.rounding_lr?",
-        "reconstruction.method: must be 'nearest', 'adaround', 'brecq', 'qdrop' or 'genie', not 'geni'",
+        "reconstruction.method: must be 'nearest', 'gptq', 'adaround', 'brecq', 'qdrop' or 'genie', "
+        "not 'geni'",
         "reconstruction.iterations: must be a valid integer, got a number with a fractional part, not 2.5",
     }
 
