@@ -146,6 +146,9 @@ class _Start(ScaleSearch):
         seen = layer.patches(args[0], _generator(self.seed, self.number))
         grouped = weight.view(layer.groups, -1, k)
         hessian = seen.mT @ seen
+        if not bool(hessian.isfinite().all()):  # whose fault that is, the block's losses tell
+            _logger.info("%s keeps nearest rounding: its inputs are not finite or too large", node.name)
+            return
         wanted = grouped
         if self.wanted:
             wanted = corrected_weight(grouped, hessian, self.wanted.pop(self.number).mT @ seen)

@@ -122,6 +122,19 @@ def test_eight_bit_scales_are_kept_and_powers_of_two_stay_so():
         assert bool((torch.frexp(scales).mantissa == 0.5).all()) == power_of_two
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_inputs_beyond_numbers_leave_nearest_rounding(value, caplog):
+    module = family("residual")
+    chain = build_chain(module, placed(module, bits=Bits(3, 4)))
+    stem, x = chain.blocks[0], images(4)
+    before = {key: tensor.clone() for key, tensor in stem.state().items() if "weights/" in key}
+    x[1] = value
+    with caplog.at_level(logging.INFO):
+        start_second_order(stem, (x,), None, seed=0)
+    assert "keeps nearest rounding" in caplog.text
+    assert all(torch.equal(tensor, stem.state()[key]) for key, tensor in before.items())
+
+
 def test_a_layer_with_too_many_weights_per_output_keeps_nearest_rounding(monkeypatch, caplog):
     nearest, _ = walked("residual", Bits(3, 4), searched_only)
     monkeypatch.setattr(start, "_LARGEST_PATCH", 1)
