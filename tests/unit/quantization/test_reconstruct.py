@@ -222,7 +222,7 @@ def test_a_diverged_prefix_is_not_blamed_on_the_images():
         reconstruct_block(block, data, Schedule(iterations=5), generator=torch.Generator())
     assert caught.value.exit_code == 3
     assert "lr_scale" in caught.value.hint
-    assert "--method nearest" in caught.value.hint
+    assert "--method gptq" in caught.value.hint
 
 
 def test_a_block_that_diverges_is_not_kept():
