@@ -33,7 +33,7 @@ demo: $(STAMP) ## quantize, export and evaluate the shipped digits network
 	$(BIN)/metaaug demo $(DEMO_DIR)
 
 test: lint ## lint, types and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 matrix: $(STAMP) ## export every form and run it on twelve ONNX Runtime releases
 	$(BIN)/python benchmarks/runtime_matrix.py
