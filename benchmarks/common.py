@@ -147,6 +147,11 @@ def quantized(
     return quantize(subject.model, calibration, recipe=recipe, run_dir=run_dir)
 
 
+def bit_settings(bits: str) -> list[str]:
+    """The two settings that "w4a4" and the like stand for."""
+    return [f"quantization.weight_bits={bits[1]}", f"quantization.act_bits={bits[3]}"]
+
+
 def onnx_scores(subject: Subject, result: QuantizedModel) -> dict[str, float]:
     """The exported file in ONNX Runtime against labels and float network.
 

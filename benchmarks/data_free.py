@@ -28,6 +28,7 @@ from common import (
     RESNET20,
     RESULTS,
     Subject,
+    bit_settings,
     is_recorded,
     measure,
     mobilenet,
@@ -146,8 +147,7 @@ def run(subject: Subject, keys: Iterable[Key], *, simulate: bool = True) -> None
 
 def _settings(key: Key) -> list[str]:
     return [
-        f"quantization.weight_bits={key['bits'][1]}",
-        f"quantization.act_bits={key['bits'][3]}",
+        *bit_settings(key["bits"]),
         f"quantization.placement={key['placement']}",
         f"reconstruction.method={key['method']}",
         f"reconstruction.iterations={key['iterations']}",

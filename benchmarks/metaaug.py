@@ -3,12 +3,11 @@
 All variants of a suite see the same calibration sets (seed = set) and are evaluated in ONNX Runtime on the
 same test images, so that differences are paired. Suites: main (32 images, every variant, 500 iterations),
 images (8 to 512 images, W2A2 and W2A4, 200 iterations, also with images made from the network beside
-them), images-published (the same with the second layer's input at 8 bits, as in the published code and by
-default), published (32 images, so too), long (the same with 2 000 iterations), ablation (weights,
-preservation, inner steps, epsilon, fixed kinds), mobilenet (64 and 512 images of 224 px, 60 iterations),
-mobilenet-128 (the same at 128 px with 200, and W2A4 with 2 000), mobilenet-few (128 px, 32 images),
-mobilenet-long (at 224 px with 500, for a GPU). Finished runs are kept in benchmarks/results/metaaug.jsonl
-and not repeated.
+them), published (32 images, the second layer's input at 8 bits, as in the published code and by default),
+long (the same with 2 000 iterations), ablation (weights, preservation, inner steps, epsilon, fixed kinds),
+mobilenet (64 and 512 images of 224 px, 60 iterations), mobilenet-128 (the same at 128 px with 200, and W2A4
+with 2 000), mobilenet-few (128 px, 32 images), mobilenet-long (at 224 px with 500, for a GPU). Finished runs
+are kept in benchmarks/results/metaaug.jsonl and not repeated.
 """
 
 from __future__ import annotations
@@ -22,7 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Subject, is_recorded, mobilenet, mobilenet_128, onnx_scores, quantized, record, resnet20
+from common import (
+    Subject,
+    bit_settings,
+    is_recorded,
+    mobilenet,
+    mobilenet_128,
+    onnx_scores,
+    quantized,
+    record,
+    resnet20,
+)
 from data_free import stored_set
 
 from metaaug_cli.calibration.data import join_calibration_sets, load_calibration_set, save_calibration_set
@@ -141,20 +150,6 @@ def images() -> list[Key]:
     ]
 
 
-def images_published() -> list[Key]:
-    """From few images to many in the published code's placement, which is the default; set by set."""
-    usual, few = ("genie", "policy"), ("genie", "pool", "policy", _SYNTHETIC)
-    return _published(
-        [
-            _key(variant, bits=bits, num=num, seed=seed, iterations=_SHORT)
-            for bits, numbers in (("w2a2", (32, 8, 512, 128, 64, 256)), ("w2a4", (32, 512, 8, 128)))
-            for seed in _SETS
-            for num in numbers
-            for variant in (few if num in (8, 32, 128) else usual)
-        ]
-    )
-
-
 def ablation() -> list[Key]:
     """One change at a time, set by set: weights, preservation, epsilon, inner steps, fixed kinds."""
     reference = ["residual", "policy, validation off", *ABLATION]
@@ -243,7 +238,6 @@ _CHANGES = VARIANTS | ABLATION | MOBILENET_VARIANTS | FEW_VARIANTS
 SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
     "main": (resnet20, main_table),
     "images": (resnet20, images),
-    "images-published": (resnet20, images_published),
     "published": (resnet20, published),
     "long": (resnet20, long),
     "ablation": (resnet20, ablation),
@@ -257,8 +251,7 @@ SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
 def settings(key: Key) -> list[str]:
     """Recipe settings of one run."""
     return [
-        f"quantization.weight_bits={key['bits'][1]}",
-        f"quantization.act_bits={key['bits'][3]}",
+        *bit_settings(key["bits"]),
         "quantization.placement=academic",
         *([f"quantization.stem_output_bits={key['stem']}"] if "stem" in key else []),
         f"reconstruction.iterations={key['iterations']}",

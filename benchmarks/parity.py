@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Subject, is_recorded, mobilenet, quantized, record, resnet20
+from common import Subject, bit_settings, is_recorded, mobilenet, quantized, record, resnet20
 
 from metaaug_cli.deployment.export import ExportResult, export_onnx
 from metaaug_cli.deployment.manifest import Manifest
@@ -29,8 +29,7 @@ _BITS = ("w8a8", "w4a4", "w2a4", "w2a2")
 def measure(subject: Subject, bits: str, method: str, iterations: int) -> dict[str, Any]:
     """Quantize, export every packing, and compare all codes of the default one."""
     settings = [
-        f"quantization.weight_bits={bits[1]}",
-        f"quantization.act_bits={bits[3]}",
+        *bit_settings(bits),
         f"reconstruction.method={method}",
         f"reconstruction.iterations={iterations}",
         "augmentation.kind=none",

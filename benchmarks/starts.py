@@ -13,7 +13,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from common import Subject, is_recorded, mobilenet, mobilenet_128, onnx_scores, quantized, record, resnet20
+from common import (
+    Subject,
+    bit_settings,
+    is_recorded,
+    mobilenet,
+    mobilenet_128,
+    onnx_scores,
+    quantized,
+    record,
+    resnet20,
+)
 
 Key = dict[str, Any]
 VARIANTS = {
@@ -40,8 +50,7 @@ def run(subject: Subject, keys: list[Key]) -> None:
         if is_recorded("starts", full):
             continue
         settings = [
-            f"quantization.weight_bits={key['bits'][1]}",
-            f"quantization.act_bits={key['bits'][3]}",
+            *bit_settings(key["bits"]),
             f"reconstruction.iterations={key['iterations']}",
             *_BY_DEFAULT,
             *VARIANTS[key["variant"]],

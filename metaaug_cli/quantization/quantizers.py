@@ -17,7 +17,7 @@ from metaaug_cli.quantization.fused import drop_fake_quantize
 
 _SEARCH_SAMPLE = 1 << 17
 _STEP_PRIME = 2_654_435_761  # near 2^32 over the golden ratio, which spreads its multiples
-_CONTAINER_BITS = 8
+CONTAINER_BITS = 8
 _LEAST_ACTIVATION_SCALE = 1e-6
 _LEAST_RELATIVE_SCALE = 2.0**-14
 _VANISHING, _DEAD_SCALE = 1e-6, 1e-3
@@ -59,7 +59,7 @@ class WeightQuantizer(nn.Module):
             symmetric=symmetric,
             norm=norm,
             full_range=mirrored,
-            clip=bits < _CONTAINER_BITS,
+            clip=bits < CONTAINER_BITS,
             scale_power_of_two=power_of_two,
         )
         if symmetric:

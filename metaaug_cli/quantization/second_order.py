@@ -31,8 +31,7 @@ def corrected_weight(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
         hessian: (groups, k, k) sum of x_q x_qᵀ.
         cross: (groups, k, k) sum of x_fp x_qᵀ.
     """
-    mean = _mean_diagonal(hessian)
-    pull = _PULL * torch.where(mean > 0, mean, 1.0)[:, None, None]  # a dead group keeps its weight
+    pull = _PULL * _size(hessian)
     wanted = weight.double() @ cross.double() + pull * weight.double()
     system = hessian.double() + pull * torch.eye(hessian.shape[-1], dtype=torch.float64, device=weight.device)
     return torch.linalg.solve(system, wanted, left=False)
@@ -106,10 +105,8 @@ def _eliminate(
 
 def _elimination(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factor U of the inverse, H⁻¹ = Uᵀ U, in the order of falling H_jj; and that order."""
-    mean = _mean_diagonal(hessian)
-    alive = (mean > 0)[:, None, None]
     identity = torch.eye(hessian.shape[-1], dtype=torch.float64, device=hessian.device)
-    h = torch.where(alive, hessian.double() / mean.clamp_min(1e-30)[:, None, None], identity)
+    h = hessian.double() / _size(hessian)
     order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     h = _columns(_columns(h, order).transpose(1, 2), order)
     damping = _DAMPING
@@ -126,5 +123,7 @@ def _columns(rows: Tensor, order: Tensor) -> Tensor:
     return rows.gather(2, order[:, None].expand_as(rows))
 
 
-def _mean_diagonal(hessian: Tensor) -> Tensor:
-    return hessian.double().diagonal(dim1=1, dim2=2).mean(1)
+def _size(hessian: Tensor) -> Tensor:
+    """(groups, 1, 1) mean of the diagonal; 1 for a group whose inputs are all 0, which keeps its weights."""
+    mean = hessian.double().diagonal(dim1=1, dim2=2).mean(1)
+    return torch.where(mean > 0, mean, 1.0)[:, None, None]

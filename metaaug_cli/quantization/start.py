@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from metaaug_cli.graph.ops import WEIGHTED
 from metaaug_cli.quantization.blocks import Block, ScaleSearch
-from metaaug_cli.quantization.quantizers import WeightQuantizer
+from metaaug_cli.quantization.quantizers import CONTAINER_BITS, WeightQuantizer
 from metaaug_cli.quantization.second_order import (
     POWERS_OF_TWO,
     SCALE_FACTORS,
@@ -24,7 +24,6 @@ from metaaug_cli.quantization.second_order import (
 _PATCHES = 16_384
 _LARGEST_PATCH = 8_192
 _LARGEST_CHUNK = 1 << 24
-_CONTAINER_BITS = 8
 
 _logger = logging.getLogger(__name__)
 
@@ -164,7 +163,7 @@ class _Start(ScaleSearch):
 
 
 def _factors(quantizer: WeightQuantizer) -> tuple[float, ...]:
-    if quantizer.bits >= _CONTAINER_BITS:
+    if quantizer.bits >= CONTAINER_BITS:
         return (1.0,)
     return POWERS_OF_TWO if quantizer.power_of_two else SCALE_FACTORS
 
