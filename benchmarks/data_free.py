@@ -1,9 +1,10 @@
 """Data-free tables of docs/benchmarks.md: ``python benchmarks/data_free.py SUITE [SUITE ...]``.
 
 Suites: resnet20 (128 images), mobilenet (64 images), mobilenet-128 (the same at 128 px), mobilenet-long (300
-iterations, for a GPU), cost (minutes and peak memory of the synthesis alone). Accuracy is measured with real
-images, DGH images, DGH without each of its ideas or from another start, and noise, at the same count of
-images. The most telling rows come first; every finished run is appended to
+iterations, for a GPU), these from the nearest codes; the first three with -default added: by second-order
+rounding, without learning and with it; cost (minutes and peak memory of the synthesis alone). Accuracy is
+measured with real images, DGH images, DGH without each of its ideas or from another start, and noise, at the
+same count of images. The most telling rows come first; every finished run is appended to
 benchmarks/results/data_free.jsonl (data_free_cost.jsonl) and not repeated. Sets are kept in
 benchmarks/results/sets, which is not part of the repository. One thread: OMP_NUM_THREADS=1.
 """
@@ -57,6 +58,7 @@ SEEDS = range(3)
 COST_STEPS = {("cpu", 32): 4, ("cpu", 224): 1, ("cuda", 32): 3, ("cuda", 224): 3}
 
 Key = dict[str, Any]
+_GRID = tuple(product(("w4a4", "w8a8", "w2a4"), ("integer", "full")))
 
 
 def resnet20_keys() -> Iterator[Key]:
@@ -104,6 +106,38 @@ def mobilenet_128_keys() -> Iterator[Key]:
         yield from sorted(keys, key=lambda key: key["seed"])
 
 
+def resnet20_default_keys() -> Iterator[Key]:
+    """Second-order rounding, without learning and as the start of it."""
+    groups = [(b, p, [("gptq", 1)], (*MAIN, *ABLATIONS)) for b, p in _GRID]
+    groups += [(b, p, [("genie", 100)], MAIN) for b, p in _GRID if b != "w8a8"]
+    yield from _default_keys(groups, num=128)
+
+
+def mobilenet_default_keys() -> Iterator[Key]:
+    """224 px: without learning everywhere; learned where it is known to help."""
+    groups = [(b, p, [("gptq", 1)], MAIN) for b, p in _GRID]
+    groups += [("w4a4", p, [("genie", 60)], MAIN) for p in ("integer", "full")]
+    yield from _default_keys(groups, num=64)
+
+
+def mobilenet_128_default_keys() -> Iterator[Key]:
+    """128 px: everything, each idea removed as well."""
+    everything = (*MAIN, *ABLATIONS)
+    groups = [(b, p, [("gptq", 1)], everything) for b, p in _GRID]
+    groups += [("w8a8", p, [("nearest", 1)], tuple(ABLATIONS)) for p in ("integer", "full")]
+    groups += [("w4a4", "integer", [("genie", 60)], everything), ("w4a4", "full", [("genie", 60)], MAIN)]
+    groups += [(b, p, [("genie", 60)], MAIN) for b, p in _GRID if b != "w4a4"]
+    yield from _default_keys(groups, num=64)
+
+
+def _default_keys(
+    groups: Iterable[tuple[str, str, list[tuple[str, int]], tuple[str, ...]]], *, num: int
+) -> Iterator[Key]:
+    for bits, placement, methods, kinds in groups:
+        for key in _keys([bits], [placement], methods, kinds, num=num):
+            yield {**key, "start": "second-order", "stem": 8}
+
+
 def mobilenet_long_keys() -> Iterator[Key]:
     """224 px with a schedule that learns something at 2 bits too: minutes on a GPU, hours on a CPU."""
     kinds, learned = ("real", "dgh", "dgh from plain noise", "noise"), [("genie", 300)]
@@ -135,7 +169,7 @@ def run(subject: Subject, keys: Iterable[Key], *, simulate: bool = True) -> None
     """Measure every key that is not recorded yet; see ``common.measure`` for ``simulate``."""
     for key in keys:
         full = {"model": subject.name, **key}
-        if is_recorded(NAME, full):
+        if is_recorded(NAME, {**full, "start": key.get("start")}):
             continue
         kind, num, seed = key["images_from"], key["num"], key["seed"]
         source = subject if kind == "real" else replace(subject, calib=stored_set(subject, kind, num, seed))
@@ -146,7 +180,9 @@ def run(subject: Subject, keys: Iterable[Key], *, simulate: bool = True) -> None
 
 
 def _settings(key: Key) -> list[str]:
+    by_default = ["reconstruction.start=second-order", f"quantization.stem_output_bits={key.get('stem')}"]
     return [
+        *(by_default if "start" in key else []),
         *bit_settings(key["bits"]),
         f"quantization.placement={key['placement']}",
         f"reconstruction.method={key['method']}",
@@ -245,6 +281,9 @@ SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], Iterator[Key]]]] = {
     "resnet20": (resnet20, resnet20_keys),
     "mobilenet": (mobilenet, mobilenet_keys),
     "mobilenet-128": (mobilenet_128, mobilenet_128_keys),
+    "resnet20-default": (resnet20, resnet20_default_keys),
+    "mobilenet-default": (mobilenet, mobilenet_default_keys),
+    "mobilenet-128-default": (mobilenet_128, mobilenet_128_default_keys),
     "mobilenet-long": (mobilenet, mobilenet_long_keys),
 }
 
@@ -255,6 +294,7 @@ def main() -> None:
     parser.add_argument("suites", nargs="+", choices=(*SUITES, "cost"))
     parser.add_argument("--only", action="append", metavar="IMAGES", help="leave other kinds of images out")
     parser.add_argument("--seed", type=int, help="one seed only, to share a suite")
+    parser.add_argument("--method", help="leave other methods out")
     parser.add_argument("--worker", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -268,6 +308,7 @@ def main() -> None:
         load, keys = SUITES[suite]
         chosen = [k for k in keys() if not arguments.only or k["images_from"] in arguments.only]
         chosen = [k for k in chosen if arguments.seed in (None, k["seed"])]
+        chosen = [k for k in chosen if arguments.method in (None, k["method"])]
         run(load(), chosen, simulate=suite != "mobilenet-long")
 
 

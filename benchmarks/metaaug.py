@@ -4,7 +4,8 @@ All variants of a suite see the same calibration sets (seed = set) and are evalu
 same test images, so that differences are paired. Suites: main (32 images, every variant, 500 iterations),
 images (8 to 512 images, W2A2 and W2A4, 200 iterations, also with images made from the network beside
 them), published (32 images, the second layer's input at 8 bits, as in the published code and by default),
-long (the same with 2 000 iterations), ablation (weights, preservation, inner steps, epsilon, fixed kinds),
+long (the same with 2 000 iterations), default (as published, learned from second-order rounding, 200
+iterations), ablation (weights, preservation, inner steps, epsilon, fixed kinds),
 mobilenet (64 and 512 images of 224 px, 60 iterations), mobilenet-128 (the same at 128 px with 200, and W2A4
 with 2 000), mobilenet-few (128 px, 32 images), mobilenet-long (at 224 px with 500, for a GPU). Finished runs
 are kept in benchmarks/results/metaaug.jsonl and not repeated.
@@ -117,6 +118,18 @@ def long() -> list[Key]:
     """The same nearer to the published length: does overfitting grow with it, and do copies help then?"""
     variants = ("genie", "policy", "mixup", _SYNTHETIC, _REAL_512)
     return _published([_key(v, seed=seed, iterations=_LONG) for seed in _SETS[:3] for v in variants])
+
+
+def by_default() -> list[Key]:
+    """32 images with every default: does anything still help a better start?"""
+    variants = ("genie", "policy", _SYNTHETIC, "pool", "genie, twice the iterations", "mixup", _POLICY_POOL)
+    keys = [_key(v, seed=seed, iterations=_SHORT) for seed in _SETS for v in variants]
+    keys += [
+        _key(v, bits="w2a4", seed=seed, iterations=_SHORT)
+        for seed in _SETS
+        for v in ("genie", "policy", _SYNTHETIC)
+    ]
+    return [{**key, "start": "second-order"} for key in _published(keys)]
 
 
 def joined(subject: Subject, key: Key, folder: Path) -> Subject:
@@ -240,6 +253,7 @@ SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
     "images": (resnet20, images),
     "published": (resnet20, published),
     "long": (resnet20, long),
+    "default": (resnet20, by_default),
     "ablation": (resnet20, ablation),
     "mobilenet": (mobilenet, mobilenet_keys),
     "mobilenet-128": (mobilenet_128, mobilenet_128_keys),
@@ -254,6 +268,7 @@ def settings(key: Key) -> list[str]:
         *bit_settings(key["bits"]),
         "quantization.placement=academic",
         *([f"quantization.stem_output_bits={key['stem']}"] if "stem" in key else []),
+        *([f"reconstruction.start={key['start']}"] if "start" in key else []),
         f"reconstruction.iterations={key['iterations']}",
         *_CHANGES[key["variant"]],
     ]
@@ -282,7 +297,7 @@ def run(subject: Subject, keys: list[Key]) -> None:
     """Measure every key that is not recorded yet."""
     for key in keys:
         full = {"model": subject.name, **key}
-        if is_recorded("metaaug", {**full, "stem": key.get("stem")}):
+        if is_recorded("metaaug", {**full, "stem": key.get("stem"), "start": key.get("start")}):
             continue
         values = measure(subject, key)
         record("metaaug", full, values)

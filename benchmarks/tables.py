@@ -257,7 +257,7 @@ def fill(text: str) -> str:
 
 
 def picture() -> str:
-    """Top-1 of ResNet-20 per bit-width as an SVG bar chart: float, integer placement, published code."""
+    """Top-1 of ResNet-20 per bit-width as an SVG bar chart, `integer` placement, and float."""
     by_default = [
         r for r in records("accuracy") if r.get("start") == "second-order" and r["placement"] == "integer"
     ]

@@ -61,7 +61,7 @@ RecipeOpt = Annotated[
         "--recipe",
         metavar="NAME|FILE",
         help="w8a8, w4a4, w2a4, w2a2; the last three with -metaaug or -metaaug-fast for copies that are "
-        "learned; few-shot-32, few-shot-32-synthetic; or a YAML file.",
+        "learned, w4a4 and w2a4 with -gptq for seconds; few-shot-32, few-shot-32-synthetic; or a YAML file.",
         rich_help_panel=METHOD_PANEL,
     ),
 ]
