@@ -309,7 +309,7 @@ def main() -> None:
         chosen = [k for k in keys() if not arguments.only or k["images_from"] in arguments.only]
         chosen = [k for k in chosen if arguments.seed in (None, k["seed"])]
         chosen = [k for k in chosen if arguments.method in (None, k["method"])]
-        run(load(), chosen, simulate=suite != "mobilenet-long")
+        run(load(), chosen, simulate=not suite.startswith("mobilenet") or suite == "mobilenet")
 
 
 if __name__ == "__main__":

@@ -6,21 +6,46 @@ import re
 from collections import defaultdict
 
 from tables_common import Record, markdown, records, spread
+from tables_metaaug import paired
 
 _KINDS = ("real", "dgh", "dgh from plain noise", "published distance", "noise")
 
 
 def data_free(model: str) -> str:
     """Real, synthetic and noise images side by side; with each idea removed where no other table has it."""
-    found = [r for r in records("data_free") if r["model"] == model]
+    found = [r for r in records("data_free") if r["model"] == model and "start" not in r]
     seen = {r["images_from"] for r in found}
     changed = () if model == "resnet20" else sorted(seen - set(_KINDS))
     return _data_free(found, (*(k for k in _KINDS if k in seen), *changed))
 
 
+def data_free_default(model: str) -> str:
+    """So too, rounded by second order and by default in everything else."""
+    found = [r for r in records("data_free") if r["model"] == model and "start" in r]
+    return _data_free(found, ("real", "dgh", "dgh from plain noise", "noise"))
+
+
+def data_free_default_ablation() -> str:
+    """MobileNet-V1 at 128 px by default: paired differences to the unchanged images on the same seeds."""
+    found = [r for r in records("data_free") if r["model"].endswith("128 px") and "start" in r]
+    changed = sorted({r["images_from"] for r in found} - set(_KINDS))
+    cells: dict[tuple[object, ...], dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    for r in found:
+        cells[_cell(r)][r["images_from"]][r["seed"]] = r
+    rows = []
+    for (bits, placement, method, _), sets in cells.items():
+        if not sets.keys() & set(changed):
+            continue
+        unchanged = spread([r["onnxruntime"] for r in sets["dgh"].values()])
+        differences = [paired(sets[kind], sets["dgh"]) for kind in ("dgh from plain noise", *changed)]
+        rows.append([str(bits).upper(), str(placement), str(method), unchanged, *differences])
+    names = [kind.removeprefix("dgh ") for kind in ("dgh from plain noise", *changed)]
+    return markdown(["bits", "placement", "method", "dgh", *names], rows)
+
+
 def data_free_ablation() -> str:
     """ResNet-20's synthetic images with each idea removed or changed."""
-    found = [r for r in records("data_free") if r["model"] == "resnet20"]
+    found = [r for r in records("data_free") if r["model"] == "resnet20" and "start" not in r]
     changed = {r["images_from"] for r in found} - set(_KINDS)
     cells = {_cell(r) for r in found if r["images_from"] in changed}
     unchanged = ("dgh", "dgh from plain noise", "published distance")
@@ -35,7 +60,8 @@ def _data_free(found: list[Record], kinds: tuple[str, ...]) -> str:
     rows = []
     groups: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for r in found:
-        method = r["method"] if r["method"] == "nearest" else f"{r['method']}, {r['iterations']}"
+        learned = r["method"] not in ("nearest", "gptq")
+        method = f"{r['method']}, {r['iterations']}" if learned else r["method"]
         groups[r["bits"], r["placement"], method][r["images_from"]].append(r["onnxruntime"])
     for (bits, placement, method), values in groups.items():
         cells = [f"{spread(values[k])} ({len(values[k])})" if k in values else "" for k in kinds]

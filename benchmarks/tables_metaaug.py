@@ -45,7 +45,7 @@ _MAIN = (
 
 def _by_set(variant: str, **wanted: object) -> dict[int, Record]:
     found = [r for r in records("metaaug") if r["variant"] == variant and r["model"] == "resnet20"]
-    wanted = {"stem": None, **wanted}
+    wanted = {"stem": None, "start": None, **wanted}
     return {r["seed"]: r for r in found if all(r.get(k) == v for k, v in wanted.items())}
 
 
@@ -110,6 +110,24 @@ def published() -> str:
     return markdown(
         ["iterations", "variant", "top-1", "minus genie", "KL from float, minus genie", "sets"], rows
     )
+
+
+def by_default() -> str:
+    """Everything by default: second-order start, first layer's output at 8 bits."""
+    rows = []
+    variants = ("genie, twice the iterations", "mixup", "pool", "policy", "policy+pool", _SYNTHETIC)
+    for bits in ("w2a2", "w2a4"):
+        wanted = {"bits": bits, "num": 32, "iterations": _SHORT, "stem": 8, "start": "second-order"}
+        base = _by_set(_BASE, **wanted)
+        for variant in (_BASE, *variants):
+            steps = 2 * _SHORT if "twice" in variant else _SHORT
+            found = _by_set(variant, **wanted | {"iterations": steps})
+            if not found:
+                continue
+            top1 = spread([r["onnxruntime"] for r in found.values()])
+            gains = [paired(found, base), _divergence(found, base)] if variant != _BASE else ["", ""]
+            rows.append([bits.upper(), variant, top1, *gains, str(len(found))])
+    return markdown(["bits", "variant", "top-1", "minus genie", "KL from float, minus genie", "sets"], rows)
 
 
 def _divergence(found: dict[int, Record], base: dict[int, Record]) -> str:

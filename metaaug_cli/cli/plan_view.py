@@ -38,9 +38,10 @@ def show_plan(
     augmenter = sum(r.augmenter_seconds or 0 for r in rows)
     total = augmenter + sum(r.seconds or 0 for r in rows)
     peak = max(r.cache_bytes for r in rows) / 2**20
+    learning = f"about {format_seconds(total)} of learning" if total else "nothing is learned"
     console.result(
         f"{len(rows)} blocks, {sum(r.parameters for r in rows):,} parameters, "
-        f"largest cache {peak:.0f} MiB, about {format_seconds(total)} of learning"
+        f"largest cache {peak:.0f} MiB, {learning}"
     )
     if augmenter:
         m = recipe.metaaug

@@ -43,6 +43,13 @@ def test_plan_shows_every_block_and_writes_nothing(digits, tmp_path, monkeypatch
         assert any(line.split()[:1] == [name] for line in out.splitlines()), name
 
 
+def test_a_method_that_learns_nothing_is_not_planned_at_no_seconds_of_learning(digits, capfd):
+    assert main(command(digits, "--method", "gptq", "--plan")) == 0
+    shown = flat(capfd.readouterr().out)
+    assert "nothing is learned" in shown
+    assert "of learning" not in shown
+
+
 def test_settings_of_an_augmenter_that_is_not_learned_are_pointed_out(digits, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     forgotten = ["--set", "metaaug.steps=2", "--plan"]
