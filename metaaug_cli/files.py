@@ -3,8 +3,13 @@
 import contextlib
 import errno
 import os
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from metaaug_cli.errors import InputError, UsageError
 
@@ -92,11 +97,41 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     except OSError as exc:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if exc.errno in DISK_FULL:
-            raise
-        raise InputError(
-            f"cannot write {path}: {exc.strerror}", hint="name a file in a folder that exists and is writable"
-        ) from exc
+        raise not_written(path, exc) from exc
+
+
+@contextlib.contextmanager
+def replaced_atomically(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes ``path``'s place in one step, for writers that ask for a path.
+
+    Folders above it are made.
+
+    Raises:
+        InputError: It cannot be written.
+        OSError: The disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            partial, usual = Path(folder) / "partial", Path(folder) / "usual"
+            yield partial
+            usual.touch()
+            shutil.copymode(usual, partial)  # safetensors lets nobody but the owner read what it writes
+            os.replace(partial, path)
+    except (OSError, SafetensorError) as exc:
+        raise not_written(path, exc) from exc
+
+
+def not_written(path: Path, error: OSError | SafetensorError) -> OSError | InputError:
+    """What to raise for a failed write: a full disk is the machine's fault, all else that of the place."""
+    in_words = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(in_words[1]) if in_words else None
+    if number in DISK_FULL:
+        return OSError(number, os.strerror(number), str(path))
+    reason = os.strerror(number) if number else str(error)
+    return InputError(
+        f"cannot write {path}: {reason}", hint="name a file in a folder that exists and is writable"
+    )
 
 
 def _is_device(path: Path) -> bool:

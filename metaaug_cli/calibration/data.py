@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +27,7 @@ from metaaug_cli.calibration.image_folder import (
 )
 from metaaug_cli.calibration.outliers import find_outliers
 from metaaug_cli.errors import InputError, UsageError
+from metaaug_cli.files import replaced_atomically
 from metaaug_cli.networks.preprocessing import Preprocessing
 
 __all__ = [
@@ -246,17 +244,8 @@ def save_calibration_set(calibration: CalibrationSet, path: Path | str) -> None:
         "duplicates": list(calibration.duplicates),
         "outliers": list(calibration.outliers),
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            partial = Path(folder) / "set.safetensors"
-            save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(meta, sort_keys=True)})
-            usual = Path(folder) / "usual"
-            usual.touch()
-            shutil.copymode(usual, partial)  # safetensors lets nobody but the owner read what it writes
-            os.replace(partial, path)
-    except (OSError, SafetensorError) as exc:
-        raise InputError(f"cannot write {path}: {exc}") from exc
+    with replaced_atomically(path) as partial:
+        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(meta, sort_keys=True)})
 
 
 def _hash_images(images: Tensor, preprocessing: Preprocessing) -> str:

@@ -20,8 +20,7 @@ from metaaug_cli.calibration import check_page
 from metaaug_cli.calibration.check import Check
 from metaaug_cli.calibration.data import CalibrationSet
 from metaaug_cli.calibration.png_folder import to_picture
-from metaaug_cli.errors import InputError
-from metaaug_cli.files import write_atomically
+from metaaug_cli.files import not_written, write_atomically
 
 BINS = 64
 _TILE = 96
@@ -291,7 +290,7 @@ def _write(path: Path, data: bytes | str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise InputError(f"cannot write {path}: {exc.strerror or exc}") from exc
+        raise not_written(path, exc) from exc
     write_atomically(path, data)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from metaaug_cli.calibration.data import CalibrationSet
-from metaaug_cli.errors import InputError, UsageError
-from metaaug_cli.files import require_writable
+from metaaug_cli.errors import UsageError
+from metaaug_cli.files import not_written, require_writable
 
 
 def require_empty(folder: Path) -> None:
@@ -37,13 +37,14 @@ def write_pngs(calibration: CalibrationSet, folder: Path) -> None:
 
     Raises:
         InputError: A file cannot be written.
+        OSError: The disk is full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for index, source in enumerate(calibration.sources):
             to_picture(calibration, index).save(folder / f"{Path(source).name}.png", compress_level=1)
     except OSError as exc:
-        raise InputError(f"cannot write images to {folder}: {exc.strerror or exc}") from exc
+        raise not_written(folder, exc) from exc
 
 
 def to_picture(calibration: CalibrationSet, index: int) -> Image.Image:

@@ -177,7 +177,7 @@ def _report(exc: BaseException, arguments: Sequence[str], *, debug: bool) -> int
         with suppress(OSError):
             traceback.print_exception(exc)
     message, hint, code = _explain(exc, arguments)
-    if code == FAILED and not isinstance(exc, MetaAugError) and not debug:
+    if code == FAILED and not (isinstance(exc, MetaAugError) or _is_full_disk(exc) or debug):
         hint = f"{hint}; " if hint else ""
         hint += _save_traceback(exc)
     if message:
@@ -203,8 +203,9 @@ def _explain(exc: BaseException, arguments: Sequence[str]) -> tuple[str, str | N
     if isinstance(exc, OSError) and exc.errno in _INPUT_ERRNOS:
         where = f"{exc.filename}: " if exc.filename else ""
         return f"{where}{exc.strerror}", None, USAGE
-    if isinstance(exc, OSError) and exc.errno in DISK_FULL:
-        return "the disk is full", "free some space, then run the same command again", FAILED
+    if _is_full_disk(exc):
+        where = f": {exc.filename}" if exc.filename else ""  # type: ignore[attr-defined]
+        return f"the disk is full{where}", "free some space, then run the same command again", FAILED
     if _is_out_of_memory(exc):
         return "out of memory", "use a smaller --batch, --cache-gb, --num or --size", FAILED
     detail = str(exc).strip().split("\n")[0] or "no message"
@@ -218,6 +219,10 @@ def _usage_hint(exc: typer.TyperException, arguments: Sequence[str]) -> str:
     context = getattr(exc, "ctx", None)
     command = context.command_path if context is not None else "metaaug"
     return f"{command} --help shows every option, with examples"
+
+
+def _is_full_disk(exc: BaseException) -> bool:
+    return isinstance(exc, OSError) and exc.errno in DISK_FULL
 
 
 def _is_out_of_memory(exc: BaseException) -> bool:

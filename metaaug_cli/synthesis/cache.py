@@ -45,8 +45,8 @@ def cached_synthetic_set(
     )
     try:
         save_calibration_set(made, path)
-    except InputError as error:  # the run can go on; only the next one has to make them again
-        _logger.warning("synthetic images are not kept: %s", error.message)
+    except (InputError, OSError) as error:  # the run can go on; only the next one has to make them again
+        _logger.warning("synthetic images are not kept: %s", error)
     state.unlink(missing_ok=True)
     return made
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from metaaug_cli.errors import InputError, UsageError
+from metaaug_cli.files import replaced_atomically
 
 _logger = logging.getLogger(__name__)
 _FORMAT = "metaaug-synthesis"
@@ -46,19 +45,17 @@ class StateFile:
 
         Raises:
             InputError: It cannot be written.
+            OSError: The disk is full.
         """
         started = time.monotonic()
         content = json.dumps({"format": _FORMAT, "fingerprint": self.fingerprint, "scalars": scalars})
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.") as folder:
-                partial = Path(folder) / "state"
+            with replaced_atomically(self.path) as partial:
                 save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, {"state": content})
-                os.replace(partial, self.path)
-        except (OSError, SafetensorError) as exc:
+        except (OSError, InputError) as exc:
             if self.required:
-                raise InputError(f"cannot write {self.path}: {exc}") from exc
-            _logger.warning("an interrupted synthesis will not go on: cannot write %s: %s", self.path, exc)
+                raise
+            _logger.warning("an interrupted synthesis will not go on: %s", exc)
             self.due = math.inf
             return
         now = time.monotonic()

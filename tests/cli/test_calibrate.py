@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from metaaug_cli.calibration.data import load_calibration_set
 from metaaug_cli.cli.app import main
@@ -131,6 +132,19 @@ def test_mistakes_exit_with_2_and_a_hint(arguments, tmp_path, capsys, changes, m
     assert message in error
     assert f"hint: {hint}" in error or hint in error.split("hint:")[1]
     assert "Traceback" not in error
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_a_full_disk_is_named_and_not_called_a_mistake(arguments, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("metaaug_cli.calibration.data.save_file", full)
+    assert main(["calibrate", *arguments, "--out", "c.safetensors"]) == 3
+    err = capsys.readouterr().err
+    assert "error: the disk is full: c.safetensors" in err
+    assert "free some space" in err
+    assert "traceback" not in err
     assert not (tmp_path / "c.safetensors").exists()
 
 

@@ -8,9 +8,17 @@ import threading
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from metaaug_cli.errors import InputError, UsageError
-from metaaug_cli.files import exclusive, require_report_place, require_writable, write_atomically
+from metaaug_cli.files import (
+    DISK_FULL,
+    exclusive,
+    replaced_atomically,
+    require_report_place,
+    require_writable,
+    write_atomically,
+)
 
 
 def test_places_that_can_be_written(tmp_path, monkeypatch):
@@ -47,6 +55,38 @@ def test_a_full_disk_is_no_mistake_in_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(tmp_path / "new.txt", "text")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_under_another_writer_is_told_from_a_place_that_cannot_be_written(tmp_path, error):
+    def write(raised):
+        with replaced_atomically(tmp_path / "set") as partial:
+            partial.write_text("ha")
+            raise raised
+
+    (tmp_path / "set").write_text("old")
+    with pytest.raises(OSError, match="set") as caught:
+        write(error)
+    assert caught.value.errno in DISK_FULL
+    with pytest.raises(InputError, match=r"cannot write .*: Permission denied"):
+        write(SafetensorError("I/O error: Permission denied (os error 13)"))
+    assert os.listdir(tmp_path) == ["set"]
+    assert (tmp_path / "set").read_text() == "old"
+
+
+def test_what_another_writer_wrote_takes_the_place_with_the_usual_rights(tmp_path):
+    (tmp_path / "usual").touch()
+    with replaced_atomically(tmp_path / "new" / "set") as partial:
+        partial.write_text("new")
+        partial.chmod(0o600)
+    assert (tmp_path / "new" / "set").read_text() == "new"
+    assert (tmp_path / "new" / "set").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_a_file_is_held_by_one_at_a_time(tmp_path):

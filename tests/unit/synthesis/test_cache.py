@@ -1,5 +1,7 @@
 """Synthetic images are made once: kept by content, continued where they stopped, never a reason to fail."""
 
+import errno
+
 import pytest
 import torch
 from interruptions import interrupt_synthesis
@@ -92,13 +94,16 @@ def test_without_a_cache_nothing_is_kept(model, tmp_path, monkeypatch, place):
     assert made(model)[1] == made(model)[1] == SETTINGS.steps
 
 
-def test_a_full_disk_does_not_lose_the_images(model, monkeypatch, caplog):
-    def full(*_):
-        raise InputError("cannot write: no space left")
+@pytest.mark.parametrize(
+    "error", [InputError("cannot write: no rights"), OSError(errno.ENOSPC, "No space left on device")]
+)
+def test_a_place_that_takes_no_file_does_not_lose_the_images(model, monkeypatch, caplog, error):
+    def refused(*_):
+        raise error
 
-    monkeypatch.setattr(synthesis_cache, "save_calibration_set", full)
+    monkeypatch.setattr(synthesis_cache, "save_calibration_set", refused)
     assert len(made(model)[0].images) == 3
-    assert "not kept: cannot write: no space left" in caplog.text
+    assert f"not kept: {error}" in caplog.text
 
 
 def test_without_room_for_the_state_the_images_are_made_all_the_same(model, monkeypatch, caplog):
