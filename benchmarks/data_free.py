@@ -58,11 +58,8 @@ SEEDS = range(3)
 COST_STEPS = {("cpu", 32): 4, ("cpu", 224): 1, ("cuda", 32): 3, ("cuda", 224): 3}
 
 Key = dict[str, Any]
-_UNSIMULATED = (
-    "mobilenet-long",
-    "mobilenet-default",
-    "mobilenet-128-default",
-)  # it takes longer than the run
+# The simulation of many images takes longer than a short run.
+_UNSIMULATED = {"mobilenet-long", "resnet20-default", "mobilenet-default", "mobilenet-128-default"}
 _GRID = tuple(product(("w4a4", "w8a8", "w2a4"), ("integer", "full")))
 
 

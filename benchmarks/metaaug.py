@@ -121,13 +121,15 @@ def long() -> list[Key]:
 
 
 def by_default() -> list[Key]:
-    """32 images with every default: does anything still help a better start?"""
-    variants = ("genie", "policy", _SYNTHETIC, "pool", "genie, twice the iterations", "mixup", _POLICY_POOL)
-    keys = [_key(v, seed=seed, iterations=_SHORT) for seed in _SETS for v in variants]
-    keys += [
-        _key(v, bits="w2a4", seed=seed, iterations=_SHORT)
+    """Few images, everything by default: does anything still help a better start?"""
+    every = ("genie", "policy", _SYNTHETIC, "pool", "genie, twice the iterations", "mixup", _POLICY_POOL)
+    cells = [("w2a2", 32, every), ("w2a4", 32, every[:3])]
+    cells += [("w2a2", num, ("genie", _SYNTHETIC)) for num in (64, 128)]
+    keys = [
+        _key(v, bits=bits, num=num, seed=seed, iterations=_SHORT)
+        for bits, num, variants in cells
         for seed in _SETS
-        for v in ("genie", "policy", _SYNTHETIC)
+        for v in variants
     ]
     return [{**key, "start": "second-order"} for key in _published(keys)]
 

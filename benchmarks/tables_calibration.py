@@ -22,7 +22,8 @@ def data_free(model: str) -> str:
 def data_free_default(model: str) -> str:
     """So too, rounded by second order and by default in everything else."""
     found = [r for r in records("data_free") if r["model"] == model and "start" in r]
-    return _data_free(found, ("real", "dgh", "dgh from plain noise", "noise"))
+    seen = {r["images_from"] for r in found}
+    return _data_free(found, tuple(k for k in _KINDS if k in seen))
 
 
 def data_free_default_ablation() -> str:

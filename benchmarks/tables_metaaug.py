@@ -116,8 +116,8 @@ def by_default() -> str:
     """Everything by default: second-order start, first layer's output at 8 bits."""
     rows = []
     variants = ("genie, twice the iterations", "mixup", "pool", "policy", "policy+pool", _SYNTHETIC)
-    for bits in ("w2a2", "w2a4"):
-        wanted = {"bits": bits, "num": 32, "iterations": _SHORT, "stem": 8, "start": "second-order"}
+    for bits, num in (("w2a2", 32), ("w2a2", 64), ("w2a2", 128), ("w2a4", 32)):
+        wanted = {"bits": bits, "num": num, "iterations": _SHORT, "stem": 8, "start": "second-order"}
         base = _by_set(_BASE, **wanted)
         for variant in (_BASE, *variants):
             steps = 2 * _SHORT if "twice" in variant else _SHORT
@@ -126,8 +126,9 @@ def by_default() -> str:
                 continue
             top1 = spread([r["onnxruntime"] for r in found.values()])
             gains = [paired(found, base), _divergence(found, base)] if variant != _BASE else ["", ""]
-            rows.append([bits.upper(), variant, top1, *gains, str(len(found))])
-    return markdown(["bits", "variant", "top-1", "minus genie", "KL from float, minus genie", "sets"], rows)
+            rows.append([bits.upper(), str(num), variant, top1, *gains, str(len(found))])
+    header = ["bits", "images", "variant", "top-1", "minus genie", "KL from float, minus genie", "sets"]
+    return markdown(header, rows)
 
 
 def _divergence(found: dict[int, Record], base: dict[int, Record]) -> str:
