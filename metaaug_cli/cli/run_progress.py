@@ -65,7 +65,7 @@ class RunProgress:
         how = "resumed" if resumed else format_seconds(now - self.started)
         self.started = now
         self.tick((block.index + 1) * self.steps, self.blocks * self.steps, "")
-        self.console.note(
-            f"block {block.index + 1}/{self.blocks} {block.name}: "
-            f"error {history.loss_before:.4g} -> {history.loss_after:.4g}, {how}"
-        )
+        error = f"{history.loss_after:.4g}"
+        if history.loss_before != history.loss_after:
+            error = f"{history.loss_before:.4g} -> {error}"
+        self.console.note(f"block {block.index + 1}/{self.blocks} {block.name}: error {error}, {how}")

@@ -42,11 +42,13 @@ def show_result(console: Console, recipe: Recipe, result: QuantizedModel, run_di
 
 
 def _columns(histories: list[BlockHistory]) -> dict[str, list[float | None]]:
-    """Values of each block by column; held-back images and the augmenter only where there are some."""
+    """Values of each block by column; those of learning, held-back images and an augmenter if any."""
     columns: dict[str, list[float | None]] = {
         "before": [h.loss_before for h in histories],
         "after": [h.loss_after for h in histories],
     }
+    if columns["before"] == columns["after"]:  # nothing was learned
+        columns = {"error": columns["after"]}
     extra: dict[str, list[float | None]] = {
         "held back": [h.losses.get("held_back") for h in histories],
         "T's distance": [h.augmentation.get("distance") for h in histories],

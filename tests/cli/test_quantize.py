@@ -116,6 +116,15 @@ def test_json_is_all_there_is_on_stdout(digits, tmp_path, capfd):
     assert err
 
 
+def test_without_learning_there_is_one_error_to_show(digits, tmp_path, capfd):
+    assert main(command(digits, "--method", "nearest", out=tmp_path / "run")) == 0
+    out, err = capfd.readouterr()
+    (head,) = [line for line in out.splitlines() if line.startswith("block ")]
+    assert head.split() == ["block", "error"]
+    assert "stem.0: error" in err
+    assert "->" not in err
+
+
 def test_a_learned_augmenter_is_shown_and_its_trouble_told(digits, tmp_path, capfd):
     out = tmp_path / "run"
     assert main(command(digits, *LEARNED, out=out)) == 0
