@@ -109,9 +109,8 @@ def mobilenet_128_keys() -> Iterator[Key]:
 
 
 def resnet20_default_keys() -> Iterator[Key]:
-    """Second-order rounding, without learning and as the start of it."""
+    """Without learning."""
     groups = [(b, p, [("gptq", 1)], MAIN) for b, p in _GRID]
-    groups += [(b, p, [("genie", 100)], MAIN) for b, p in _GRID if b == "w2a4"]
     yield from _default_keys(groups, num=128)
 
 

@@ -104,9 +104,7 @@ def published() -> str:
             found = _by_set(variant, **wanted | ({"num": 512} if variant == _REAL_512 else {}))
             if not found:
                 continue
-            top1 = spread([r["onnxruntime"] for r in found.values()])
-            gains = [paired(found, base), _divergence(found, base)] if variant != _BASE else ["", ""]
-            rows.append([str(iterations), variant, top1, *gains, str(len(found))])
+            rows.append([str(iterations), *_compared(variant, found, base)])
     return markdown(
         ["iterations", "variant", "top-1", "minus genie", "KL from float, minus genie", "sets"], rows
     )
@@ -124,15 +122,17 @@ def by_default() -> str:
             found = _by_set(variant, **wanted | {"iterations": steps})
             if not found:
                 continue
-            top1 = spread([r["onnxruntime"] for r in found.values()])
-            gains = [paired(found, base), _divergence(found, base)] if variant != _BASE else ["", ""]
-            rows.append([bits.upper(), str(num), variant, top1, *gains, str(len(found))])
+            rows.append([bits.upper(), str(num), *_compared(variant, found, base)])
     header = ["bits", "images", "variant", "top-1", "minus genie", "KL from float, minus genie", "sets"]
     return markdown(header, rows)
 
 
-def _divergence(found: dict[int, Record], base: dict[int, Record]) -> str:
-    return paired(found, base, key="divergence", places=3)
+def _compared(variant: str, found: dict[int, Record], base: dict[int, Record]) -> list[str]:
+    """Variant, top-1, both paired differences to the base, and the number of sets."""
+    gains = ["", ""]
+    if variant != _BASE:
+        gains = [paired(found, base), paired(found, base, key="divergence", places=3)]
+    return [variant, spread([r["onnxruntime"] for r in found.values()]), *gains, str(len(found))]
 
 
 def ablation() -> str:
@@ -153,10 +153,8 @@ def mobilenet() -> str:
     for shown, variants in groups.items():
         for variant, sets in variants.items():
             base = variants.get(_BASE, {})
-            gains = [paired(sets, base), _divergence(sets, base)] if variant != _BASE else ["", ""]
-            top1 = spread([r["onnxruntime"] for r in sets.values()])
             minutes = mean(r["seconds"] for r in sets.values()) / 60
-            rows.append([*shown, variant, top1, *gains, str(len(sets)), f"{minutes:.0f}"])
+            rows.append([*shown, *_compared(variant, sets, base), f"{minutes:.0f}"])
     header = ["side", "bits", "images", "iterations", "on", "variant", "top-1", "minus genie"]
     return markdown([*header, "KL from float, minus genie", "sets", "minutes"], rows)
 
