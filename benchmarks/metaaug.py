@@ -4,11 +4,12 @@ All variants of a suite see the same calibration sets (seed = set) and are evalu
 same test images, so that differences are paired. Suites: main (32 images, every variant, 500 iterations),
 images (8 to 512 images, W2A2 and W2A4, 200 iterations, also with images made from the network beside
 them), published (32 images, the second layer's input at 8 bits, as in the published code and by default),
-long (the same with 2 000 iterations), default (as published, learned from second-order rounding, 200
-iterations), ablation (weights, preservation, inner steps, epsilon, fixed kinds),
+long (the same with 2 000 iterations), default (as published, learned from second-order rounding, 8 to 512
+images, 200 iterations), ablation (weights, preservation, inner steps, epsilon, fixed kinds),
 mobilenet (64 and 512 images of 224 px, 60 iterations), mobilenet-128 (the same at 128 px with 200, and W2A4
-with 2 000), mobilenet-few (128 px, 32 images), mobilenet-long (at 224 px with 500, for a GPU). Finished runs
-are kept in benchmarks/results/metaaug.jsonl and not repeated.
+with 2 000), mobilenet-default and mobilenet-128-default (both from second-order rounding), mobilenet-few
+(128 px, 32 images), mobilenet-long (at 224 px with 500, for a GPU). Finished runs are kept in
+benchmarks/results/metaaug.jsonl and not repeated.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,17 +122,23 @@ def long() -> list[Key]:
 
 
 def by_default() -> list[Key]:
-    """Few images, everything by default: does anything still help a better start?"""
+    """Everything by default, from few images to many: does anything still help a better start?"""
     every = ("genie", "policy", _SYNTHETIC, "pool", "genie, twice the iterations", "mixup", _POLICY_POOL)
-    cells = [("w2a2", 32, every), ("w2a4", 32, every[:3])]
-    cells += [("w2a2", num, ("genie", _SYNTHETIC)) for num in (64, 128)]
-    keys = [
+    terms = ("policy, validation off", "residual", "residual, validation off", "policy, inner sgd")
+    cells = [("w2a2", 32, (*every, *terms)), ("w2a4", 32, every[:3])]
+    cells += [("w2a2", num, every[:3]) for num in (64, 128)]
+    cells += [("w2a2", 8, (*every[:3], "pool")), ("w2a2", 512, every[:2]), ("w2a2", 256, every[:2])]
+    cells += [("w2a4", num, every[:2]) for num in (64, 512, 128, 256)]
+    return _by_default(
         _key(v, bits=bits, num=num, seed=seed, iterations=_SHORT)
         for bits, num, variants in cells
         for seed in _SETS
         for v in variants
-    ]
-    return [{**key, "start": "second-order"} for key in _published(keys)]
+    )
+
+
+def _by_default(keys: Iterable[Key]) -> list[Key]:
+    return [{**key, "start": "second-order"} for key in _published(list(keys))]
 
 
 def joined(subject: Subject, key: Key, folder: Path) -> Subject:
@@ -205,6 +212,26 @@ def mobilenet_128_keys() -> list[Key]:
     return four + [_key(variant, bits="w2a4", num=num, seed=0, iterations=_LONG) for num, variant in two]
 
 
+def mobilenet_default_keys() -> list[Key]:
+    """224 px by default: many images and few."""
+    return _by_default(
+        _key(variant, bits=bits, num=num, seed=0, iterations=60)
+        for bits in ("w4a4", "w2a4")
+        for num in (512, 64)
+        for variant in ("genie", _POLICY_10)
+    )
+
+
+def mobilenet_128_default_keys() -> list[Key]:
+    """128 px by default; set by set."""
+    return _by_default(
+        _key(variant, bits="w4a4", num=num, seed=seed, iterations=_SHORT)
+        for seed in range(3)
+        for num in (64, 512)
+        for variant in ("genie", _POLICY_10)
+    )
+
+
 def mobilenet_few_keys() -> list[Key]:
     """128 px and 32 images, the paper's hardest case: what is natural to the network, and what is learned."""
     variants = ("genie", "flip+crop", "mixup", _POLICY_FEW, f"{_POLICY_FEW}, flip+crop on top", _SYNTHETIC_64)
@@ -259,6 +286,8 @@ SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
     "ablation": (resnet20, ablation),
     "mobilenet": (mobilenet, mobilenet_keys),
     "mobilenet-128": (mobilenet_128, mobilenet_128_keys),
+    "mobilenet-default": (mobilenet, mobilenet_default_keys),
+    "mobilenet-128-default": (mobilenet_128, mobilenet_128_default_keys),
     "mobilenet-few": (mobilenet_128, mobilenet_few_keys),
     "mobilenet-long": (mobilenet, mobilenet_long_keys),
 }

@@ -11,6 +11,8 @@ from tables_common import Record, markdown, records, spread
 
 _BASE = "genie"
 _ITERATIONS, _SHORT, _LONG = 500, 200, 2_000
+_COUNTS = (8, 32, 64, 128, 256, 512)
+_BY_DEFAULT = {"iterations": _SHORT, "stem": 8, "start": "second-order"}
 _REAL_512 = "genie, 512 real images instead"
 _FIRST = {"bits": "w2a2", "num": 32, "iterations": _ITERATIONS}
 _SYNTHETIC = "genie, 256 synthetic images too"
@@ -113,9 +115,20 @@ def published() -> str:
 def by_default() -> str:
     """Everything by default: second-order start, first layer's output at 8 bits."""
     rows = []
-    variants = ("genie, twice the iterations", "mixup", "pool", "policy", "policy+pool", _SYNTHETIC)
-    for bits, num in (("w2a2", 32), ("w2a2", 64), ("w2a2", 128), ("w2a4", 32)):
-        wanted = {"bits": bits, "num": num, "iterations": _SHORT, "stem": 8, "start": "second-order"}
+    variants = (
+        "genie, twice the iterations",
+        "mixup",
+        "pool",
+        "policy",
+        "policy, validation off",
+        "policy, inner sgd",
+        "policy+pool",
+        "residual",
+        "residual, validation off",
+        _SYNTHETIC,
+    )
+    for bits, num in product(("w2a2", "w2a4"), _COUNTS):
+        wanted = _BY_DEFAULT | {"bits": bits, "num": num}
         base = _by_set(_BASE, **wanted)
         for variant in (_BASE, *variants):
             steps = 2 * _SHORT if "twice" in variant else _SHORT
@@ -147,7 +160,8 @@ def mobilenet() -> str:
     found = [r for r in records("metaaug") if r["model"].startswith("mobilenet_v1_075")]
     groups: dict[tuple[str, ...], dict[str, dict[int, Record]]] = {}
     for r in found:
-        cell = (_side(r), r["bits"].upper(), str(r["num"]), str(r["iterations"]), _computed_on(r))
+        start = r.get("start", "nearest")
+        cell = (_side(r), r["bits"].upper(), str(r["num"]), str(r["iterations"]), start, _computed_on(r))
         groups.setdefault(cell, {}).setdefault(r["variant"], {})[r["seed"]] = r
     rows = []
     for shown, variants in groups.items():
@@ -155,7 +169,7 @@ def mobilenet() -> str:
             base = variants.get(_BASE, {})
             minutes = mean(r["seconds"] for r in sets.values()) / 60
             rows.append([*shown, *_compared(variant, sets, base), f"{minutes:.0f}"])
-    header = ["side", "bits", "images", "iterations", "on", "variant", "top-1", "minus genie"]
+    header = ["side", "bits", "images", "iterations", "start", "on", "variant", "top-1", "minus genie"]
     return markdown([*header, "KL from float, minus genie", "sets", "minutes"], rows)
 
 
@@ -172,7 +186,7 @@ def images() -> str:
     """Gain against the number of images, short schedule."""
     rows = []
     others = ("pool", "policy", _SYNTHETIC, _PLAIN)
-    for bits, num in product(("w2a2", "w2a4"), (8, 32, 64, 128, 256, 512)):
+    for bits, num in product(("w2a2", "w2a4"), _COUNTS):
         wanted = {"bits": bits, "num": num, "iterations": _SHORT}
         base = _by_set(_BASE, **wanted)
         if base:
