@@ -201,13 +201,15 @@ class Policy(nn.Module):
 
 def _warp(x: Tensor, amount: Tensor) -> Tensor:
     """Rotate, shear and shift; ``amount`` (N, 5) in [-1, 1]."""
+    tall = x.shape[2] / x.shape[3]  # both sides of an image are 2 to the sampling grid, whatever their pixels
     angle, shear_x, shear_y, shift_x, shift_y = amount.unbind(1)
     cos, sin = torch.cos(_TURN * angle), torch.sin(_TURN * angle)
     rows = [
-        torch.stack([cos + _SHEAR * shear_x * sin, _SHEAR * shear_x * cos - sin, 2 * _SHIFT * shift_x], 1),
-        torch.stack([sin + _SHEAR * shear_y * cos, cos - _SHEAR * shear_y * sin, 2 * _SHIFT * shift_y], 1),
+        [cos + _SHEAR * shear_x * sin, tall * (_SHEAR * shear_x * cos - sin), 2 * _SHIFT * shift_x],
+        [(sin + _SHEAR * shear_y * cos) / tall, cos - _SHEAR * shear_y * sin, 2 * _SHIFT * shift_y],
     ]
-    field = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+    theta = torch.stack([torch.stack(row, 1) for row in rows], 1)
+    field = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, field, padding_mode="reflection", align_corners=False)
 
 

@@ -226,8 +226,8 @@ def _hint_at_augmentation(
     few = images <= _FEW_IMAGES
     if not few and recipe.augmentation.kind == "auto" and learns_augmenter(recipe):
         console.note(
-            f"MetaAug runs by default at 2 bits; with more than {_FEW_IMAGES} images it gained nothing where "
-            "it was measured, and --augment none is faster"
+            f"MetaAug runs by default at 2 bits; with more than {_FEW_IMAGES} images it gained little or "
+            "nothing where it was measured, and --augment none is faster"
         )
     remembers = isinstance(loaded.module, nn.Module) and any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) for module in loaded.module.modules()

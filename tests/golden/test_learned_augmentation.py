@@ -39,7 +39,7 @@ def augmentation_files(run):
     }
 
 
-@pytest.fixture(scope="module", params=["residual", "unet"])
+@pytest.fixture(scope="module", params=["residual", "unet", "policy"])
 def learned(request, tmp_path_factory):
     """A complete run with a learned augmenter: (directory, result, its settings)."""
     settings = [*LEARNED, f"metaaug.form={request.param}"]

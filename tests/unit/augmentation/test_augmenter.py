@@ -10,6 +10,7 @@ from metaaug_cli.augmentation.augmenter import (
     Augmenter,
     AugmenterSpec,
     UNet,
+    _warp,
     augment,
     image_variance,
     levels_for,
@@ -113,6 +114,19 @@ def test_a_policy_without_strength_changes_nothing():
     made_by, x = augmenter("policy"), pictures()
     made_by.network.strengths.bias.data.fill_(-60.0)
     torch.testing.assert_close(made_by(x), x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (32, 96), (96, 32)])
+def test_a_rotation_turns_pixels_whatever_the_sides(size):
+    """A round spot in the middle looks the same from every angle; a line along the width does not."""
+    row, column = (torch.arange(n) - (n - 1) / 2 for n in size)
+    spot = torch.exp(-(row[:, None].square() + column.square()) / 50)[None, None]
+    line = torch.exp(-(row[:, None] - 0.0 * column).square() / 8)[None, None]
+    turned = torch.tensor([[1.0, 0, 0, 0, 0]])
+    torch.testing.assert_close(_warp(spot, turned), spot, rtol=0, atol=0.02)
+    away = 10  # pixels beside the middle, where the line has moved by away * tan(15 degrees)
+    at = _warp(line, turned)[0, 0, :, int(column.numel() / 2) + away].argmax() - line[0, 0, :, 0].argmax()
+    assert abs(int(at)) in (2, 3)
 
 
 def test_initial_weights_follow_the_seed_and_leave_the_global_generator_alone():

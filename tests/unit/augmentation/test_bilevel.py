@@ -16,7 +16,7 @@ from metaaug_cli.graph.capture import capture
 from metaaug_cli.graph.placement import Bits, place
 from metaaug_cli.quantization import functional, quantizers
 from metaaug_cli.quantization.blocks import build_chain, search_activation_scales
-from metaaug_cli.quantization.reconstruct import Schedule
+from metaaug_cli.quantization.reconstruct import LEAST_LEARNED_FACTOR, Schedule
 
 RADIUS = 0.3
 FLOAT64 = torch.float64
@@ -269,6 +269,28 @@ def test_a_fresh_adam_step_is_torchs_first_adam_step(residual):
     optimizer.step()
     for group, found in zip(groups, moved.values(), strict=True):
         torch.testing.assert_close(found, group["params"][0], rtol=1e-9, atol=1e-12)
+
+
+def test_preconditioned_steps_divide_by_the_running_second_moment(residual):
+    """Adam's moment (0.99, bias-corrected) without its first one, and a tenth of its size as damping."""
+    chain, passes = residual
+    schedule = MetaSchedule(inner="preconditioned", val_weight=0.0, restart_every=10)
+    level, _ = outer_of(chain, passes, changed(), schedule)
+    level.restart()
+    gradients = [
+        {n: torch.linspace(low, 2.0, p.numel(), dtype=FLOAT64).view_as(p) for n, p in level.params.items()}
+        for low in (-1.0, 0.5)
+    ]
+    for step, wanted in enumerate(gradients):
+        before = {n: p.detach() for n, p in level.params.items()}
+        level.params = level.step(sum((p * wanted[n]).sum() for n, p in level.params.items()))
+        for name, found in level.params.items():
+            first, second = gradients[0][name], wanted[name]
+            variance = first**2 if step == 0 else (0.99 * 0.01 * first**2 + 0.01 * second**2) / (1 - 0.99**2)
+            size = variance.sqrt()
+            moved = before[name] - level.rates[name] * second / (size + 0.1 * size.square().mean().sqrt())
+            least = -math.inf if name.endswith("rounding_logits") else LEAST_LEARNED_FACTOR
+            torch.testing.assert_close(found, moved.clamp(min=least), rtol=1e-9, atol=1e-12)
 
 
 def test_the_blocks_own_parameters_stay_and_inner_steps_walk_until_the_restart(residual):
