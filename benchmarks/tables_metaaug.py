@@ -115,8 +115,9 @@ def published() -> str:
 def by_default() -> str:
     """Everything by default: second-order start, first layer's output at 8 bits."""
     rows = []
+    times = {"genie, twice the iterations": 2, "genie, three times the iterations": 3}
     variants = (
-        "genie, twice the iterations",
+        *times,
         "mixup",
         "pool",
         "policy",
@@ -131,8 +132,7 @@ def by_default() -> str:
         wanted = _BY_DEFAULT | {"bits": bits, "num": num}
         base = _by_set(_BASE, **wanted)
         for variant in (_BASE, *variants):
-            steps = 2 * _SHORT if "twice" in variant else _SHORT
-            found = _by_set(variant, **wanted | {"iterations": steps})
+            found = _by_set(variant, **wanted | {"iterations": _SHORT * times.get(variant, 1)})
             if not found:
                 continue
             rows.append([bits.upper(), str(num), *_compared(variant, found, base)])
