@@ -123,7 +123,7 @@ def long() -> list[Key]:
 
 
 def by_default() -> list[Key]:
-    """Everything by default, from few images to many: does anything still help a better start?"""
+    """The default start and placement, from few images to many: does anything still help a better start?"""
     every = ("genie", "policy", _SYNTHETIC, "pool", "genie, twice the iterations", "mixup", _POLICY_POOL)
     terms = (_THRICE, "policy, validation off", "residual", "residual, validation off", "policy, inner sgd")
     cells = [("w2a2", 32, (*every, *terms)), ("w2a4", 32, every[:3])]
@@ -214,7 +214,7 @@ def mobilenet_128_keys() -> list[Key]:
 
 
 def mobilenet_default_keys() -> list[Key]:
-    """224 px by default: many images and few."""
+    """224 px, the default start and placement of the first layer's output: many images and few."""
     return _by_default(
         _key(variant, bits=bits, num=num, seed=0, iterations=60)
         for bits in ("w4a4", "w2a4")
@@ -224,7 +224,7 @@ def mobilenet_default_keys() -> list[Key]:
 
 
 def mobilenet_128_default_keys() -> list[Key]:
-    """128 px by default; set by set."""
+    """The same at 128 px with longer schedules; set by set."""
     return _by_default(
         _key(variant, bits="w4a4", num=num, seed=seed, iterations=_SHORT)
         for seed in range(3)

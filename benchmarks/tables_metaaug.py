@@ -113,7 +113,7 @@ def published() -> str:
 
 
 def by_default() -> str:
-    """Everything by default: second-order start, first layer's output at 8 bits."""
+    """By default: second-order start, first layer's output at 8 bits."""
     rows = []
     times = {"genie, twice the iterations": 2, "genie, three times the iterations": 3}
     variants = (

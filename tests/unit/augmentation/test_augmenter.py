@@ -121,7 +121,7 @@ def test_a_rotation_turns_pixels_whatever_the_sides(size):
     """A round spot in the middle looks the same from every angle; a line along the width does not."""
     row, column = (torch.arange(n) - (n - 1) / 2 for n in size)
     spot = torch.exp(-(row[:, None].square() + column.square()) / 50)[None, None]
-    line = torch.exp(-(row[:, None] - 0.0 * column).square() / 8)[None, None]
+    line = torch.exp(-row[:, None].square() / 8).expand(1, 1, *size)
     turned = torch.tensor([[1.0, 0, 0, 0, 0]])
     torch.testing.assert_close(_warp(spot, turned), spot, rtol=0, atol=0.02)
     away = 10  # pixels beside the middle, where the line has moved by away * tan(15 degrees)
