@@ -1,169 +1,262 @@
-"""Seconds of one outer step against the same step done the obvious way: ``python benchmarks/meta_speed.py``.
+"""MetaAug's steps, and the same done the obvious way: ``python benchmarks/meta_speed.py``.
 
-The obvious way computes what the method says, each time anew and operator by operator: the whole quantized
-network's state is copied for the inner step, both networks run from the image to the logits, the float
-network's views of the original images and the validation images' way to the block are computed in every
-step, every quantizer is its formula in PyTorch operators, and activations lie in PyTorch's usual order.
-Both ways run in one process in turn, on the GPU where there is one, and must give the same outer gradients.
-Rewrites benchmarks/results/meta_speed.jsonl (on a GPU meta_speed_gpu.jsonl); wants an idle machine.
+Every block that teaches T, and every learned block: seconds of an outer step (T, the bi-level step, T's
+update) and of a learning step, as the tool does them and as ``obvious.py`` does, in one process in turn. Both
+ways draw the same and must send T the same gradient. Their sums over the blocks at the published outer steps
+and the default iterations are what a run takes; the most memory of each way is that of a process of its own,
+or of its tensors on a GPU.
+On a CPU ResNet-20 and MobileNet-V1, on a GPU ResNet-20 and a network of ResNet-18's shape with random weights
+and images, which change no time but leave no gradient worth comparing. Rewrites
+benchmarks/results/meta_speed.jsonl (on a GPU meta_speed_gpu.jsonl); wants an idle machine. ``--way`` with
+``--case`` runs one way alone for its memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from statistics import median
-from unittest.mock import patch
+from typing import Any
 
 import torch
-from common import RESULTS, Subject, machine, mobilenet, plain_operators, resnet20
+from common import MOBILENET_128, RESNET20, RESULTS, SHARED, Network, bit_settings, machine
+from obvious import ObviousLearner, ObviousPasses, obvious_data, obvious_way
 from torch import Tensor
 
-from metaaug_cli.augmentation import passes as passes_module
-from metaaug_cli.augmentation.bilevel import BiLevel, MetaSchedule, Outer, inner_mode
-from metaaug_cli.augmentation.passes import Passes
+from metaaug_cli.augmentation.bilevel import MetaSchedule
+from metaaug_cli.augmentation.learned import LearnedAugmentation
+from metaaug_cli.augmentation.meta import MetaLearner
 from metaaug_cli.calibration.data import load_calibration_set
 from metaaug_cli.layout import fast_layout
-from metaaug_cli.memory import keep_freed_memory, peak_gpu_memory_mib, peak_memory_mib
+from metaaug_cli.memory import keep_freed_memory
+from metaaug_cli.networks.models import LoadedModel, load_model
 from metaaug_cli.pipeline import pick_device
-from metaaug_cli.prepare import prepare_chain, schedule_of
+from metaaug_cli.prepare import augmenter_of, meta_schedule_of, prepare_chain, schedule_of
 from metaaug_cli.quantization.blocks import Block, search_activation_scales
-from metaaug_cli.quantization.graphed import GraphedStep, recorded_steps
-from metaaug_cli.quantization.reconstruct import Schedule
+from metaaug_cli.quantization.cache import BlockData, Stream, Values
+from metaaug_cli.quantization.graphed import GraphedStep
+from metaaug_cli.quantization.reconstruct import BlockLearner, Schedule, Tick, training
 from metaaug_cli.recipe.config import Recipe
 
-_ROUNDS = 5
-_WARM_UP = 3  # calls of a recorded step before it is replayed
-_SCHEDULE = MetaSchedule(inner="preconditioned")
-_SUBJECTS: list[tuple[Callable[[], Subject], int, int, tuple[int, ...]]] = [
-    (resnet20, 32, 64, (1, 4, 9)),
-    (mobilenet, 8, 16, (2, 8)),
-]
-_RADIUS = 0.3
+_WAYS = ("ours", "obvious")
+_ROUNDS = 3
+# Of these the first are not timed: they warm up, and a GPU records the third of ours.
+_STEPS = {
+    ("ours", "cpu"): (3, 1),
+    ("obvious", "cpu"): (3, 1),
+    ("ours", "cuda"): (10, 5),
+    ("obvious", "cuda"): (4, 1),
+}
+_PUBLISHED_OUTER_STEPS = 500
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, and how many images T changes and a block is validated on in one step.
+
+    Args:
+        network: Trained, with images; None for ResNet-18's shape at 224 px.
+    """
+
+    name: str
+    network: Network | None
+    batch: int
+    validation: int
+
+    def load(self) -> tuple[LoadedModel, Tensor]:
+        """The network and (batch + validation, C, H, W) images."""
+        count = self.batch + self.validation
+        if self.network is None:
+            model, generator = load_model("resnet18", weights="random"), torch.Generator().manual_seed(0)
+            return model, torch.randn(count, 3, *model.preprocessing.size, generator=generator)
+        model, folder = self.network.load(), SHARED / "data" / self.network.data / "calib"
+        found = load_calibration_set(folder, preprocessing=model.preprocessing, num=count, seed=0)
+        return model, found.images
+
+
+_RESNET20 = Case("resnet20", RESNET20, 32, 64)
+_CASES = {
+    "cpu": [_RESNET20, Case(MOBILENET_128.name, MOBILENET_128, 16, 32)],
+    "cuda": [_RESNET20, Case("resnet18 shape, 224 px", None, 32, 64)],
+}
 
 
 @dataclass
-class Step:
-    """One outer step's inputs: originals, T(x) and validation images."""
+class Both:
+    """One network at W2A2, its blocks' scales searched one after the other, and a learner for each way."""
 
-    block: Block
-    passes: Passes
-    inner: Schedule
-    x: Tensor
-    made: Tensor
-    validation: Tensor
+    case: Case
+    device: torch.device
+    blocks: list[Block] = field(init=False)
+    images: Tensor = field(init=False)
+    fresh: dict[str, Callable[[], MetaLearner]] = field(init=False)
+    learners: dict[str, MetaLearner] = field(init=False)
+    schedule: Schedule = field(init=False)
+    outer: MetaSchedule = field(init=False)
 
     def __post_init__(self) -> None:
-        self.drops = torch.Generator(device=self.x.device).manual_seed(0)
+        model, self.images = self.case.load()
+        settings = (*bit_settings("w2a2"), "quantization.placement=academic", "augmentation.kind=metaaug")
+        sizes = (f"metaaug.batch_size={self.case.batch}", f"metaaug.val_batch_size={self.case.validation}")
+        recipe = Recipe().override([*settings, *sizes])
+        size = (model.preprocessing.channels, *model.preprocessing.size)
+        self.blocks = prepare_chain(model.module, size, recipe).to(self.device).blocks
+        self.schedule = schedule_of(recipe)
+        self.outer = meta_schedule_of(recipe)
 
-    def ours(self) -> Callable[[], Outer]:
-        """The step as the tool does it: views and the validation images' prefix come from a cache."""
-        with torch.no_grad():
-            _, h_val = self.passes.prefixes(self.validation, self.block.index)
-            views, val_views = self.passes.rest((self.x,), 0), self.passes.rest((self.validation,), 0)
+        def ours() -> MetaLearner:
+            return LearnedAugmentation(
+                augmenter_of(recipe), self.outer, self.blocks, self.images, model.preprocessing,
+                operations="none", copies=1, seed=0, device=self.device,
+            ).learner  # fmt: skip
 
-        def step() -> Outer:
-            return self._outer(self.passes, self.block, views, h_val, val_views)
+        def obvious() -> MetaLearner:
+            made = ours()
+            passes = ObviousPasses(self.blocks)
+            return ObviousLearner(made.augmenter, passes, self.images, made.views, self.outer)
 
-        return step
+        self.fresh = {"ours": ours, "obvious": obvious}
+        self.learners = {way: make() for way, make in self.fresh.items()}
 
-    @contextmanager
-    def replayed(self) -> Iterator[Callable[[], Tensor]]:
-        """The gradients (3, N, C, H, W) of ``ours``, on a GPU recorded and replayed as the tool does it."""
-        ours = self.ours()
-        if self.x.device.type != "cuda":
-            yield lambda: torch.stack(ours().gradients)
-            return
-        with recorded_steps(lambda _: torch.stack(ours().gradients), generators=[self.drops]) as (step,):
-            for _ in range(_WARM_UP + 1):
-                step([])
-            yield lambda: step([])
+    def walk(self) -> Iterator[tuple[Block, BlockData]]:
+        """Every block with its inputs, which the blocks before it have their codes for."""
+        values: Values = (fast_layout(self.images.to(self.device)),)
+        wanted = values
+        for block in self.blocks:
+            with torch.no_grad():
+                search_activation_scales(block, values)
+                targets = block.float_block(*wanted)
+            there, here = (Stream(v, self.device) for v in (wanted, values))
+            yield block, BlockData(there, here, block.float_block, targets, block.computed)
+            block.quantized_block.requires_grad_(requires_grad=False)
+            with torch.no_grad():
+                values, wanted = block.quantized_block(*values), targets
 
-    def obvious(self, layout: Callable[[Tensor], Tensor] = lambda x: x) -> Outer:
-        """The same step with nothing cached, after a copy of the whole quantized network's state."""
-        with plain_operators(self.passes.blocks), patch.object(passes_module, "fast_layout", layout):
-            return self._obvious()
+    def outer_seconds(self, way: str, block: Block, data: BlockData) -> list[float]:
+        """Seconds of some outer steps."""
+        generator = torch.Generator().manual_seed(0)
+        self.learners[way].schedule = replace(self.outer, steps=self._steps(way)[0])
+        learn = partial(self.learners[way].learn, block, data, self.schedule, generator=generator)
+        return self._timed(way, lambda tick: learn(tick=tick, measured=False))
 
-    def _obvious(self) -> Outer:
-        passes, block, blocks = self.passes, self.block, self.passes.blocks
-        copied = [t.detach().clone() for b in blocks for t in b.quantized_block.state_dict().values()]
-        assert copied
-        views, val_views = passes.rest((self.x,), 0), passes.rest((self.validation,), 0)
-        passes.prefixes(self.made.clone().requires_grad_(), len(blocks))  # hooks see the block on the way
-        _, h_val = passes.prefixes(self.validation, block.index)
-        return self._outer(passes, block, views, h_val, val_views)
+    def learning_seconds(self, way: str, block: Block, data: BlockData) -> list[float]:
+        """Seconds of some learning steps; the block ends as it was."""
+        if way == "obvious":
+            data = obvious_data(ObviousPasses(self.blocks), block, self.images.to(self.device))
+        kept = {name: value.clone() for name, value in block.quantized_block.state_dict().items()}
+        schedule = replace(self.schedule, iterations=self._steps(way)[0])
+        learner = BlockLearner(block, data, schedule, torch.Generator().manual_seed(0))
+        with training(block, schedule.quant_prob, learner.drops):
+            seconds = self._timed(way, learner.run)
+        block.quantized_block.load_state_dict(kept)
+        block.quantized_block.zero_grad(set_to_none=True)
+        return seconds
 
-    def _outer(self, passes: Passes, block: Block, views: object, h_val: object, val_views: object) -> Outer:
-        with inner_mode(block, self.inner.quant_prob, self.drops):
-            level = BiLevel(block, passes, self.inner, _SCHEDULE, _RADIUS, self.drops)
-            return level.outer(self.x, self.made.clone(), views, h_val, val_views)  # type: ignore[arg-type]
+    def _timed(self, way: str, run: Callable[[Tick], object]) -> list[float]:
+        ends = [_now(self.device)]
+        with obvious_way(self.blocks) if way == "obvious" else nullcontext():
+            run(lambda *_: ends.append(_now(self.device)))
+        return [after - before for before, after in pairwise(ends)][self._steps(way)[1] :]
+
+    def _steps(self, way: str) -> tuple[int, int]:
+        return _STEPS[way, self.device.type]
+
+    def gradient_difference(self, block: Block, data: BlockData) -> float:
+        """How far apart the ways' first gradients at T's parameters are, as a share of their norm.
+
+        In one layout: in another sums round otherwise, and values at the border of two codes fall on the
+        other side.
+        """
+        ours, theirs = self.first_gradient("ours", block, data), self.first_gradient("obvious", block, data)
+        return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-20))
+
+    def first_gradient(self, way: str, block: Block, data: BlockData) -> Tensor:
+        """At T's parameters, of one outer step of a T that knows nothing yet, up to a factor."""
+        found = self.fresh[way]()
+        found.schedule = replace(self.outer, steps=1)
+        generator = torch.Generator().manual_seed(0)
+        with obvious_way(self.blocks, fast_layout) if way == "obvious" else nullcontext():
+            found.learn(block, data, self.schedule, generator=generator, measured=False)
+        return torch.cat([found.optimizer.state[p]["exp_avg"].flatten() for p in found.parameters])
 
 
-def steps_of(
-    subject: Subject, batch: int, validation: int, chosen: tuple[int, ...], device: torch.device
-) -> list[Step]:
-    """The chosen blocks of one network at W2A2, academic placement, earlier blocks frozen."""
-    recipe = Recipe().override(
-        ["quantization.weight_bits=2", "quantization.act_bits=2", "quantization.placement=academic"]
-    )
-    images = load_calibration_set(
-        subject.calib, preprocessing=subject.model.preprocessing, num=batch + validation, seed=0
-    ).images
-    size = images.shape[1:]
-    chain = prepare_chain(subject.model.module, tuple(size), recipe).to(device)
-    images = images.to(device)
-    passes, values = Passes(chain.blocks), (images[:batch],)
-    with torch.no_grad():
-        for block in chain.blocks:
-            search_activation_scales(block, values)
-            values = block.quantized_block(*values)
-    x = images[:batch]
-    made = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    return [
-        Step(chain.blocks[index], passes, schedule_of(recipe), x, made, images[batch:]) for index in chosen
-    ]
-
-
-def measure(step: Step) -> dict[str, object]:
-    """Median seconds of both ways, in turn, and how far their gradients are apart."""
-    for block in step.passes.blocks:
-        learns = block.index >= step.block.index
-        block.quantized_block.requires_grad_(learns)
-    # In another layout sums round otherwise, and values at the border of two codes fall on the other side.
-    gradients = {"obvious": torch.stack(step.obvious(fast_layout).gradients)}
-    seconds: dict[str, list[float]] = {"ours": [], "obvious": []}
-    if step.x.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with step.replayed() as ours:
-        step.drops.manual_seed(0)
-        gradients["ours"] = ours().clone()
-        ways: dict[str, Callable[[], object]] = {"ours": ours, "obvious": step.obvious}
+def measure(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
+    """One line per block, then one of the run that they add up to."""
+    both = Both(case, device)
+    whole = {f"{kind}_{way}": 0.0 for kind in ("outer", "learning") for way in _WAYS}
+    tensors = dict.fromkeys(_WAYS, 0)
+    common = {"model": case.name, "batch": case.batch, "validation": case.validation}
+    for block, data in both.walk():
+        compared = case.network is not None and not block.is_edge
+        difference = both.gradient_difference(block, data) if compared else None
+        found: dict[str, list[float]] = {name: [] for name in whole}
         for _ in range(_ROUNDS):
-            for name, way in ways.items():
-                started = _now(step.x.device)
-                way()
-                seconds[name].append(_now(step.x.device) - started)
-    found = {name: median(values) for name, values in seconds.items()}
-    difference = max(
-        float((a - b).norm() / b.norm().clamp(min=1e-20))
-        for a, b in zip(gradients["ours"], gradients["obvious"], strict=True)
-    )
-    return {
-        "block": step.block.name,
-        "batch": len(step.x),
-        "validation": len(step.validation),
-        "seconds": round(found["ours"], 4),
-        "seconds_obvious": round(found["obvious"], 4),
-        "ratio": round(found["obvious"] / found["ours"], 2),
-        "gradient_difference": difference,
-        "peak_memory_mib": peak_memory_mib(),
-        "peak_gpu_memory_mib": peak_gpu_memory_mib(),
-        "replayed": step.x.device.type == "cuda" and GraphedStep.possible,
-        "machine": machine(),
+            for way in _WAYS:
+                held = _forget_peak(device)
+                found[f"learning_{way}"] += both.learning_seconds(way, block, data)
+                if not block.is_edge:
+                    found[f"outer_{way}"] += both.outer_seconds(way, block, data)
+                tensors[way] = max(tensors[way], _peak(device) - held)
+        seconds = {name: median(values) for name, values in found.items() if values}
+        for name, value in seconds.items():
+            whole[name] += value
+        yield {**common, "block": block.name, **_rounded(seconds), "gradient_difference": difference}
+    yield {
+        **common,
+        "block": None,
+        "outer_steps": _PUBLISHED_OUTER_STEPS,
+        "iterations": both.schedule.iterations,
+        **_rounded(whole),
+        "replayed": device.type == "cuda" and GraphedStep.possible,
+        "memory_mib": tensors if device.type == "cuda" else {way: _memory_apart(case, way) for way in _WAYS},
     }
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 5) for name, value in seconds.items()}
+
+
+def memory(case: Case, way: str, device: torch.device) -> int:
+    """MiB that outer and learning steps of all blocks take at most, beside what the networks take."""
+    both = Both(case, device)
+    held = _forget_peak(device)
+    for block, data in both.walk():
+        if not block.is_edge:
+            both.outer_seconds(way, block, data)
+        both.learning_seconds(way, block, data)
+    return _peak(device) - held
+
+
+def _forget_peak(device: torch.device) -> int:
+    """What is held now, in MiB; from here on the peak counts anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _peak(device)
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() // 2**20
+    # Not getrusage, whose peak a process inherits from the one that started it.
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) // 2**10
+
+
+def _memory_apart(case: Case, way: str) -> int:
+    command = [sys.executable, __file__, "--case", case.name, "--way", way]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return int(out.splitlines()[-1])
 
 
 def _now(device: torch.device) -> float:
@@ -173,15 +266,23 @@ def _now(device: torch.device) -> float:
 
 
 def main() -> None:
-    """Measure every chosen block."""
-    keep_freed_memory()
+    """Measure every case, or one way's memory."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", help="this network alone, printed and not kept")
+    parser.add_argument("--way", choices=_WAYS, help="print the memory of this way alone")
+    arguments = parser.parse_args()
     device, lines = pick_device("auto"), []
-    for load, batch, validation, chosen in _SUBJECTS:
-        subject = load()
-        for step in steps_of(subject, batch, validation, chosen, device):
-            line = {"model": subject.name, **measure(step)}
-            lines.append(line)
-            print(line, flush=True)
+    cases = [c for c in _CASES[device.type] if arguments.case in (None, c.name)]
+    if arguments.way:
+        print(memory(cases[0], arguments.way, device))
+        return
+    keep_freed_memory()
+    for case in cases:
+        for line in measure(case, device):
+            lines.append({**line, "machine": machine()})
+            print(lines[-1], flush=True)
+    if arguments.case:
+        return
     RESULTS.mkdir(exist_ok=True)
     name = "meta_speed_gpu.jsonl" if device.type == "cuda" else "meta_speed.jsonl"
     (RESULTS / name).write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")

@@ -5,7 +5,8 @@ same test images, so that differences are paired. Suites: main (32 images, every
 images (8 to 512 images, W2A2 and W2A4, 200 iterations, also with images made from the network beside
 them), published (32 images, the second layer's input at 8 bits, as in the published code and by default),
 long (the same with 2 000 iterations), default (as published, learned from second-order rounding, 8 to 512
-images, 200 iterations), ablation (weights, preservation, inner steps, epsilon, fixed kinds),
+images, 200 iterations), fixed-kinds (every fixed augmentation there, 32 images), as-released (the released
+code's settings in full at its own rates, for a GPU), ablation (weights, preservation, inner steps, epsilon),
 mobilenet (64 and 512 images of 224 px, 60 iterations), mobilenet-128 (the same at 128 px with 200, and W2A4
 with 2 000), mobilenet-default and mobilenet-128-default (both from second-order rounding), mobilenet-few
 (128 px, 32 images), mobilenet-long (at 224 px with 500, for a GPU). Finished runs are kept in
@@ -43,6 +44,7 @@ _SETS = range(5)
 _ITERATIONS = 500
 _SHORT = 200
 _LONG = 2_000
+_RELEASED_SHORT, _RELEASED_LONG = 5_000, 20_000  # both at the published rates
 _SYNTHETIC = "genie, 256 synthetic images too"
 _SYNTHETIC_64 = "genie, 64 synthetic images too"
 _BOTH = "policy, 256 synthetic images too"
@@ -53,6 +55,8 @@ _PLAIN, _PLAIN_BOTH, _PLAIN_64 = (
 )
 _REAL_512 = "genie, 512 real images instead"
 _THRICE = "genie, three times the iterations"  # the time of learned copies
+_TRIVIAL = "policy+trivial-geometric"  # the paper's best setting
+_RELEASED = "unet as released"
 _COMBINED = _POLICY_POOL, _POOL_BOTH, _POLICY_POOL_BOTH = (
     "policy+pool",
     "pool, 256 synthetic images too",
@@ -81,13 +85,13 @@ VARIANTS: dict[str, list[str]] = {
     _REAL_512: ["augmentation.kind=none"],
     "genie, twice the iterations": ["augmentation.kind=none"],
     _THRICE: ["augmentation.kind=none"],
-    "policy+flip+crop": [f"{_LEARNED}+flip+crop", *_POLICY],
     _POLICY_POOL: [f"{_LEARNED}+{_POOL}", *_POLICY],
     _POOL_BOTH: [f"augmentation.kind={_POOL}"],
     _POLICY_POOL_BOTH: [f"{_LEARNED}+{_POOL}", *_POLICY],
+    _TRIVIAL: [f"{_LEARNED}+trivial-geometric", *_POLICY],
+    "unet": [_LEARNED, "metaaug.form=unet", "metaaug.steps=50", "metaaug.base_width=16", *_SMALL],
     "residual": [_LEARNED, *_RESIDUAL],
     "residual, validation off": [_LEARNED, *_RESIDUAL, _VALIDATION_OFF],
-    "residual+pool": [f"{_LEARNED}+{_POOL}", *_RESIDUAL],
 }
 
 
@@ -105,7 +109,7 @@ def _published(keys: list[Key]) -> list[Key]:
 
 def main_table() -> list[Key]:
     """W2A2, 32 images: every claim that needs five paired calibration sets, the most telling first."""
-    elsewhere = (_REAL_512, _THRICE, *_COMBINED)
+    elsewhere = (_REAL_512, _THRICE, _TRIVIAL, "unet", *_COMBINED)
     return [_key(variant, seed=seed) for variant in VARIANTS if variant not in elsewhere for seed in _SETS]
 
 
@@ -126,8 +130,8 @@ def by_default() -> list[Key]:
     """The default start and placement, from few images to many: does anything still help a better start?"""
     every = ("genie", "policy", _SYNTHETIC, "pool", "genie, twice the iterations", "mixup", _POLICY_POOL)
     terms = (_THRICE, "policy, validation off", "residual", "residual, validation off", "policy, inner sgd")
-    cells = [("w2a2", 32, (*every, *terms)), ("w2a4", 32, every[:3])]
-    cells += [("w2a2", num, every[:3]) for num in (64, 128)]
+    cells = [("w2a2", 32, (*every, *terms, _TRIVIAL, "unet")), ("w2a4", 32, every[:4])]
+    cells += [("w2a2", num, every[:4]) for num in (64, 128)]
     cells += [("w2a2", 8, (*every[:3], "pool")), ("w2a2", 512, every[:2]), ("w2a2", 256, every[:2])]
     cells += [("w2a4", num, every[:2]) for num in (64, 512, 128, 256)]
     return _by_default(
@@ -136,6 +140,19 @@ def by_default() -> list[Key]:
         for seed in _SETS
         for v in variants
     )
+
+
+def fixed_kinds() -> list[Key]:
+    """Every fixed augmentation by default, 32 images."""
+    kinds = ("genie", *FIXED)
+    return _by_default(_key(kind, seed=seed, iterations=_SHORT) for seed in _SETS for kind in kinds)
+
+
+def as_released() -> list[Key]:
+    """MetaAug as released against plain learning, long enough for the published rates; set by set."""
+    lengths = (_RELEASED_SHORT, _RELEASED_LONG)
+    each = [(n, seed, v) for n in lengths for seed in _SETS for v in ("genie", _RELEASED)]
+    return _published([_key(v, seed=seed, iterations=n) for n, seed, v in each])
 
 
 def _by_default(keys: Iterable[Key]) -> list[Key]:
@@ -174,7 +191,7 @@ def images() -> list[Key]:
 
 
 def ablation() -> list[Key]:
-    """One change at a time, set by set: weights, preservation, epsilon, inner steps, fixed kinds."""
+    """One change at a time, set by set: weights, preservation, epsilon, inner steps."""
     reference = ["residual", "policy, validation off", *ABLATION]
     return [_key(variant, seed=seed, iterations=_SHORT) for seed in _SETS[:3] for variant in reference]
 
@@ -215,9 +232,10 @@ def mobilenet_128_keys() -> list[Key]:
 
 def mobilenet_default_keys() -> list[Key]:
     """224 px, the default start and placement of the first layer's output: many images and few."""
+    cells = [("w4a4", 0), ("w2a4", 0), ("w4a4", 1), ("w4a4", 2)]
     return _by_default(
-        _key(variant, bits=bits, num=num, seed=0, iterations=60)
-        for bits in ("w4a4", "w2a4")
+        _key(variant, bits=bits, num=num, seed=seed, iterations=60)
+        for bits, seed in cells
         for num in (512, 64)
         for variant in ("genie", _POLICY_10)
     )
@@ -243,6 +261,13 @@ def mobilenet_few_keys() -> list[Key]:
     ]
 
 
+FIXED = {
+    kind: [f"augmentation.kind={kind}"]
+    for kind in (
+        "trivial-geometric", "geometric", "mixup", "cutmix", "photometric", "rand-geometric", "flip",
+        "rotate", "brightness", "contrast", "trivial", "trivial-photometric", "rand", "rand-photometric",
+    )
+}  # fmt: skip
 ABLATION = {
     "policy, lambda 1 = 1": [_LEARNED, *_POLICY, "metaaug.val_weight=1"],
     "policy, lambda 1 = 25": [_LEARNED, *_POLICY, "metaaug.val_weight=25"],
@@ -252,14 +277,10 @@ ABLATION = {
     "policy, inner sgd": [_LEARNED, *_POLICY, "metaaug.inner=sgd"],
     "policy, inner adam-fresh": [_LEARNED, *_POLICY, "metaaug.inner=adam-fresh"],
     "policy, walk of 20 inner steps": [_LEARNED, *_POLICY, "metaaug.restart_every=20"],
+    "policy, epsilon 0.1": [_LEARNED, *_POLICY, "metaaug.epsilon=0.1"],
+    "policy, epsilon 1": [_LEARNED, *_POLICY, "metaaug.epsilon=1"],
     "residual, epsilon 0.1": [_LEARNED, *_RESIDUAL, "metaaug.epsilon=0.1"],
     "residual, epsilon 0.03": [_LEARNED, *_RESIDUAL, "metaaug.epsilon=0.03"],
-    "trivial-geometric": ["augmentation.kind=trivial-geometric"],
-    "geometric": ["augmentation.kind=geometric"],
-    "mixup": ["augmentation.kind=mixup"],
-    "cutmix": ["augmentation.kind=cutmix"],
-    "photometric": ["augmentation.kind=photometric"],
-    "rand-geometric": ["augmentation.kind=rand-geometric"],
 }
 _LARGE = ["metaaug.form=policy", "metaaug.steps=10", "metaaug.batch_size=8", "metaaug.val_batch_size=16"]
 _POLICY_10, _POLICY_20 = (f"policy, {steps} outer steps, 2 copies" for steps in (10, 20))
@@ -276,7 +297,14 @@ FEW_VARIANTS = {
     _POLICY_FEW: [_LEARNED, *_LARGE],
     f"{_POLICY_FEW}, flip+crop on top": [f"{_LEARNED}+flip+crop", *_LARGE],
 }
-_CHANGES = VARIANTS | ABLATION | MOBILENET_VARIANTS | FEW_VARIANTS
+RELEASED = {
+    _RELEASED: [
+        _LEARNED,
+        *("metaaug.form=unet", "metaaug.base_width=64", "metaaug.warmup_steps=2000", "metaaug.steps=500"),
+        *("metaaug.distance=published", "metaaug.inner=adam-fresh", "metaaug.balance=false"),
+    ]
+}
+_CHANGES = VARIANTS | ABLATION | FIXED | MOBILENET_VARIANTS | FEW_VARIANTS | RELEASED
 
 SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
     "main": (resnet20, main_table),
@@ -284,6 +312,8 @@ SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
     "published": (resnet20, published),
     "long": (resnet20, long),
     "default": (resnet20, by_default),
+    "fixed-kinds": (resnet20, fixed_kinds),
+    "as-released": (resnet20, as_released),
     "ablation": (resnet20, ablation),
     "mobilenet": (mobilenet, mobilenet_keys),
     "mobilenet-128": (mobilenet_128, mobilenet_128_keys),

@@ -233,6 +233,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "metaaug-images": tables_metaaug.images,
     "metaaug-published": tables_metaaug.published,
     "metaaug-default": tables_metaaug.by_default,
+    "metaaug-kinds": tables_metaaug.fixed_kinds,
+    "metaaug-released": tables_metaaug.as_released,
     "metaaug-ablation": tables_metaaug.ablation,
     "metaaug-terms": tables_metaaug.terms,
     "metaaug-mobilenet": tables_metaaug.mobilenet,

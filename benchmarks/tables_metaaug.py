@@ -7,6 +7,7 @@ from itertools import product
 from math import sqrt
 from statistics import mean, stdev
 
+from metaaug import FIXED
 from tables_common import Record, markdown, records, spread
 
 _BASE = "genie"
@@ -34,14 +35,12 @@ _MAIN = (
     "pool",
     "policy",
     "policy, validation off",
-    "policy+flip+crop",
     _SYNTHETIC,
     "policy, 256 synthetic images too",
     _PLAIN,
     "policy, 256 images from plain noise too",
     "residual",
     "residual, validation off",
-    "residual+pool",
 )
 
 
@@ -124,6 +123,8 @@ def by_default() -> str:
         "policy, validation off",
         "policy, inner sgd",
         "policy+pool",
+        "policy+trivial-geometric",
+        "unet",
         "residual",
         "residual, validation off",
         _SYNTHETIC,
@@ -140,6 +141,38 @@ def by_default() -> str:
     return markdown(header, rows)
 
 
+def fixed_kinds() -> str:
+    """Every fixed augmentation by default, the most helpful first."""
+    wanted = _BY_DEFAULT | {"bits": "w2a2", "num": 32}
+    base = _by_set(_BASE, **wanted)
+    found = {kind: _by_set(kind, **wanted) for kind in (*FIXED, "pool", "policy")}
+    gains = {
+        kind: mean(r["onnxruntime"] - base[s]["onnxruntime"] for s, r in sets.items() if s in base)
+        for kind, sets in found.items()
+        if set(sets) & set(base)
+    }
+    rows = [_compared(kind, found[kind], base) for kind in sorted(gains, key=gains.__getitem__, reverse=True)]
+    return markdown(["kind", "top-1", "minus genie", "KL from float, minus genie", "sets"], rows)
+
+
+def as_released() -> str:
+    """The released code's settings in full, at its own rates."""
+    rows = []
+    for iterations in (5_000, 20_000):
+        wanted = _FIRST | {"iterations": iterations, "stem": 8}
+        base = _by_set(_BASE, **wanted)
+        for variant in (_BASE, "unet as released"):
+            if not (found := _by_set(variant, **wanted)):
+                continue
+            distances = [d for r in found.values() for d in r["distance"]]
+            similarities = [x for r in found.values() for x in r["similarity"]]
+            seen = [f"{min(v):.2f} to {max(v):.2f}" if v else "" for v in (distances, similarities)]
+            *shown, sets = _compared(variant, found, base)
+            rows.append([f"{iterations:,}", *shown, *seen, sets])
+    header = ["iterations", "variant", "top-1", "minus genie", "KL from float, minus genie", "T's distance"]
+    return markdown([*header, "T(x) recognised", "sets"], rows)
+
+
 def _compared(variant: str, found: dict[int, Record], base: dict[int, Record]) -> list[str]:
     """Variant, top-1, both paired differences to the base, and the number of sets."""
     gains = ["", ""]
@@ -150,7 +183,7 @@ def _compared(variant: str, found: dict[int, Record], base: dict[int, Record]) -
 
 def ablation() -> str:
     """One change at a time."""
-    changed = dict.fromkeys(r["variant"] for r in records("metaaug") if r["variant"] not in _MAIN)
+    changed = dict.fromkeys(r["variant"] for r in records("metaaug") if r["variant"] not in (*_MAIN, *FIXED))
     variants = (_BASE, "policy", "policy, validation off", "residual", *changed)
     return markdown(_HEADER, _rows(variants, **_FIRST | {"iterations": _SHORT}))
 
@@ -215,30 +248,57 @@ def terms() -> str:
 
 
 def speed() -> str:
-    """Seconds of an outer step, ours and the obvious way."""
-    rows = [
-        [
-            r["model"],
-            r["block"],
-            f"{r['batch']} / {r['validation']}",
-            f"{r['seconds']:.3f}",
-            f"{r['seconds_obvious']:.3f}",
-            f"{r['ratio']:.2f}",
-            f"{r['gradient_difference']:.1e}",
-            f"{r['peak_memory_mib']:,}",
-        ]
-        for r in records("meta_speed")
-    ]
+    """Outer steps, learning steps and what a run takes of both, ours and the obvious way."""
+    rows = []
+    for name in ("meta_speed", "meta_speed_gpu"):
+        found = records(name)
+        for model in dict.fromkeys(r["model"] for r in found):
+            lines = [r for r in found if r["model"] == model]
+            rows.append(
+                _speed_row([r for r in lines if r["block"]], next(r for r in lines if not r["block"]))
+            )
     header = [
         "network",
-        "block",
+        "on",
         "images / validation",
-        "s/step",
-        "s/step, obvious",
-        "ratio",
-        "gradients differ by",
+        "outer step",
+        "obvious",
+        "times, by block",
+        "learning step",
     ]
-    return markdown([*header, "peak MiB"], rows)
+    header += [
+        "obvious",
+        "times, by block",
+        "a run",
+        "obvious",
+        "times",
+        "gradients differ by",
+        "MiB",
+        "obvious",
+    ]
+    return markdown(header, rows)
+
+
+def _speed_row(blocks: list[Record], run: Record) -> list[str]:
+    ways = ("ours", "obvious")
+    total = [run["outer_steps"] * run[f"outer_{w}"] + run["iterations"] * run[f"learning_{w}"] for w in ways]
+    kinds = []
+    for kind in ("outer", "learning"):
+        pairs = [[r[f"{kind}_{w}"] for w in ways] for r in blocks if f"{kind}_ours" in r]
+        times = [obvious / ours for ours, obvious in pairs]
+        means = [f"{1000 * mean(values):,.1f} ms" for values in zip(*pairs, strict=True)]
+        kinds += [*means, f"{min(times):.1f} to {max(times):.1f}"]
+    differences = [r["gradient_difference"] for r in blocks if r["gradient_difference"] is not None]
+    return [
+        run["model"],
+        _computed_on(run),
+        f"{run['batch']} / {run['validation']}",
+        *kinds,
+        *(f"{seconds / 60:,.1f} min" for seconds in total),
+        f"{total[1] / total[0]:.1f}",
+        f"{max(differences):.0e}" if differences else "",
+        *(f"{run['memory_mib'][w]:,}" for w in ways),
+    ]
 
 
 def gpu() -> str:

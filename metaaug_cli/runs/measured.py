@@ -52,6 +52,8 @@ def run_metrics(
                 "loss_before": h.loss_before,
                 "loss_after": h.loss_after,
                 "seconds": round(h.seconds, 2),
+                "losses": h.losses,
+                "augmentation": h.augmentation,
             }
             for block, h in zip(chain.blocks, histories, strict=True)
         },

@@ -40,7 +40,9 @@ def test_blocks_compute_the_same_on_both(name):
 
 
 def test_learning_reaches_the_cpus_losses():
-    results = [run("reconstruction.iterations=100", device=device) for device in ("cpu", "cuda")]
+    # From second-order rounding so few iterations have little left to learn.
+    settings = ("reconstruction.iterations=100", "reconstruction.start=nearest")
+    results = [run(*settings, device=device) for device in ("cpu", "cuda")]
     cpu, gpu = ([(h.loss_before, h.loss_after) for h in r.histories] for r in results)
     assert gpu[0][0] == pytest.approx(cpu[0][0], rel=0.02), "before anything random happened"
     for ours, theirs in zip(gpu, cpu, strict=True):

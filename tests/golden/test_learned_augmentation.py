@@ -61,6 +61,16 @@ def test_a_run_with_an_augmenter_shows_it_for_every_block_it_learned_from(learne
         assert bool(history.augmentation) != block.is_edge
 
 
+def test_the_metrics_tell_a_block_that_learned_its_images_by_heart(learned):
+    folder, result, _ = learned
+    metrics = json.loads((folder / "metrics.json").read_text())["blocks"]
+    assert metrics.keys() == set(BLOCKS)
+    for name, history in zip(BLOCKS, result.histories, strict=True):
+        assert metrics[name]["losses"] == history.losses
+        assert metrics[name]["augmentation"] == history.augmentation
+    assert metrics[BLOCKS[1]]["augmentation"].keys() == {"distance", "similarity", "seconds"}
+
+
 def test_a_run_killed_while_it_teaches_the_augmenter_resumes_to_the_same_bytes(learned, tmp_path):
     complete, result, settings = learned
     run = tmp_path / "run"
