@@ -1,10 +1,11 @@
 """MetaAug's steps, and the same done the obvious way: ``python benchmarks/meta_speed.py``.
 
 Every block that teaches T, and every learned block: seconds of an outer step (T, the bi-level step, T's
-update) and of a learning step, as the tool does them and as ``obvious.py`` does, in one process in turn. Both
-ways draw the same and must send T the same gradient. Their sums over the blocks at the published outer steps
-and the default iterations are what a run takes; the most memory of each way is that of a process of its own,
-or of its tensors on a GPU.
+update) and of a learning step, as the tool does them and in two ways of ``obvious.py`` ("obvious" walks whole
+networks, "stopping" stops at the block), in one process in turn. All draw the same and must send T the same
+gradients and find the same reconstruction loss. Their sums over the blocks at the published outer steps and
+the default iterations are what a run takes; the memory of each way, beside the networks and the kept
+activations, is that of a process of its own, or of its tensors on a GPU.
 On a CPU ResNet-20 and MobileNet-V1, on a GPU ResNet-20 and a network of ResNet-18's shape with random weights
 and images, which change no time but leave no gradient worth comparing. Rewrites
 benchmarks/results/meta_speed.jsonl (on a GPU meta_speed_gpu.jsonl); wants an idle machine. ``--way`` with
@@ -19,20 +20,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from common import MOBILENET_128, RESNET20, RESULTS, SHARED, Network, bit_settings, machine
-from obvious import ObviousLearner, ObviousPasses, obvious_data, obvious_way
+from obvious import ObviousData, ObviousLearner, ObviousPasses, obvious_way
 from torch import Tensor
 
-from metaaug_cli.augmentation.bilevel import MetaSchedule
+from metaaug_cli.augmentation.bilevel import BiLevel, MetaSchedule, Outer
 from metaaug_cli.augmentation.learned import LearnedAugmentation
 from metaaug_cli.augmentation.meta import MetaLearner
 from metaaug_cli.calibration.data import load_calibration_set
@@ -47,15 +49,14 @@ from metaaug_cli.quantization.graphed import GraphedStep
 from metaaug_cli.quantization.reconstruct import BlockLearner, Schedule, Tick, training
 from metaaug_cli.recipe.config import Recipe
 
-_WAYS = ("ours", "obvious")
+_OURS = "ours"
+_STOPS = {"obvious": False, "stopping": True}
+_WAYS = (_OURS, *_STOPS)
+_LARGEST_DIFFERENCE = 1e-2
 _ROUNDS = 3
 # Of these the first are not timed: they warm up, and a GPU records the third of ours.
-_STEPS = {
-    ("ours", "cpu"): (3, 1),
-    ("obvious", "cpu"): (3, 1),
-    ("ours", "cuda"): (10, 5),
-    ("obvious", "cuda"): (4, 1),
-}
+_STEPS = {"cpu": (3, 1), "cuda": (4, 1)}
+_STEPS_OF_OURS = {"cpu": (3, 1), "cuda": (10, 5)}
 _PUBLISHED_OUTER_STEPS = 500
 
 
@@ -98,6 +99,7 @@ class Both:
     device: torch.device
     blocks: list[Block] = field(init=False)
     images: Tensor = field(init=False)
+    passes: dict[str, ObviousPasses] = field(init=False)
     fresh: dict[str, Callable[[], MetaLearner]] = field(init=False)
     learners: dict[str, MetaLearner] = field(init=False)
     schedule: Schedule = field(init=False)
@@ -119,12 +121,12 @@ class Both:
                 operations="none", copies=1, seed=0, device=self.device,
             ).learner  # fmt: skip
 
-        def obvious() -> MetaLearner:
+        def obvious(way: str) -> MetaLearner:
             made = ours()
-            passes = ObviousPasses(self.blocks)
-            return ObviousLearner(made.augmenter, passes, self.images, made.views, self.outer)
+            return ObviousLearner(made.augmenter, self.passes[way], self.images, made.views, self.outer)
 
-        self.fresh = {"ours": ours, "obvious": obvious}
+        self.passes = {way: ObviousPasses(self.blocks, stops=stops) for way, stops in _STOPS.items()}
+        self.fresh = {_OURS: ours} | {way: partial(obvious, way) for way in _STOPS}
         self.learners = {way: make() for way, make in self.fresh.items()}
 
     def walk(self) -> Iterator[tuple[Block, BlockData]]:
@@ -145,79 +147,104 @@ class Both:
         """Seconds of some outer steps."""
         generator = torch.Generator().manual_seed(0)
         self.learners[way].schedule = replace(self.outer, steps=self._steps(way)[0])
-        learn = partial(self.learners[way].learn, block, data, self.schedule, generator=generator)
-        return self._timed(way, lambda tick: learn(tick=tick, measured=False))
+        learn = partial(self.learners[way].learn, block, self._read(way, block, data), self.schedule)
+        return self._timed(way, lambda tick: learn(generator=generator, tick=tick, measured=False))
 
     def learning_seconds(self, way: str, block: Block, data: BlockData) -> list[float]:
         """Seconds of some learning steps; the block ends as it was."""
-        if way == "obvious":
-            data = obvious_data(ObviousPasses(self.blocks), block, self.images.to(self.device))
+        with self._learner(way, block, data) as learner:
+            return self._timed(way, learner.run)
+
+    @contextmanager
+    def _learner(self, way: str, block: Block, data: BlockData) -> Iterator[BlockLearner]:
         kept = {name: value.clone() for name, value in block.quantized_block.state_dict().items()}
         schedule = replace(self.schedule, iterations=self._steps(way)[0])
-        learner = BlockLearner(block, data, schedule, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        learner = BlockLearner(block, self._read(way, block, data), schedule, generator)
         with training(block, schedule.quant_prob, learner.drops):
-            seconds = self._timed(way, learner.run)
+            yield learner
         block.quantized_block.load_state_dict(kept)
         block.quantized_block.zero_grad(set_to_none=True)
-        return seconds
+
+    def _read(self, way: str, block: Block, data: BlockData) -> BlockData:
+        return data if way == _OURS else ObviousData(self.passes[way], block, self.images.to(self.device))
 
     def _timed(self, way: str, run: Callable[[Tick], object]) -> list[float]:
         ends = [_now(self.device)]
-        with obvious_way(self.blocks) if way == "obvious" else nullcontext():
+        with nullcontext() if way == _OURS else obvious_way(self.blocks):
             run(lambda *_: ends.append(_now(self.device)))
         return [after - before for before, after in pairwise(ends)][self._steps(way)[1] :]
 
     def _steps(self, way: str) -> tuple[int, int]:
-        return _STEPS[way, self.device.type]
+        return (_STEPS_OF_OURS if way == _OURS else _STEPS)[self.device.type]
 
-    def gradient_difference(self, block: Block, data: BlockData) -> float:
-        """How far apart the ways' first gradients at T's parameters are, as a share of their norm.
+    def difference(self, block: Block, data: BlockData) -> float:
+        """How far the other ways' first steps are from ours at most, as a share.
 
-        In one layout: in another sums round otherwise, and values at the border of two codes fall on the
-        other side.
+        That is of each term's gradient at T(x) and of the loss that a learning step finds. In one layout: in
+        another sums round otherwise, and values at the border of two codes fall on the other side.
         """
-        ours, theirs = self.first_gradient("ours", block, data), self.first_gradient("obvious", block, data)
-        return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-20))
+        ours, *others = (self._first(way, block, data) for way in _WAYS)
+        found = [
+            float((a - b).norm() / b.norm().clamp(min=1e-20))
+            for other in others
+            for a, b in zip(ours, other, strict=True)
+        ]
+        if max(found) > _LARGEST_DIFFERENCE:
+            raise SystemExit(f"{self.case.name}, block {block.name}: the ways differ: {found}")
+        return max(found)
 
-    def first_gradient(self, way: str, block: Block, data: BlockData) -> Tensor:
-        """At T's parameters, of one outer step of a T that knows nothing yet, up to a factor."""
-        found = self.fresh[way]()
-        found.schedule = replace(self.outer, steps=1)
-        generator = torch.Generator().manual_seed(0)
-        with obvious_way(self.blocks, fast_layout) if way == "obvious" else nullcontext():
-            found.learn(block, data, self.schedule, generator=generator, measured=False)
-        return torch.cat([found.optimizer.state[p]["exp_avg"].flatten() for p in found.parameters])
+    def _first(self, way: str, block: Block, data: BlockData) -> list[Tensor]:
+        """The gradients of a new T's first outer step, and the loss of a first learning step."""
+        seen: list[Outer] = []
+        outer = BiLevel.outer
+
+        def watched(*args: Any, **options: Any) -> Outer:
+            seen.append(outer(*args, **options))
+            return seen[-1]
+
+        taught, generator = self.fresh[way](), torch.Generator().manual_seed(0)
+        taught.schedule = replace(self.outer, steps=1)
+        with nullcontext() if way == _OURS else obvious_way(self.blocks, fast_layout):
+            with patch.object(BiLevel, "outer", watched):
+                read = self._read(way, block, data)
+                taught.learn(block, read, self.schedule, generator=generator, measured=False)
+            with self._learner(way, block, data) as learner:
+                loss = learner.step(0).detach().clone()
+        return [*(gradient.detach().clone() for gradient in seen[0].gradients), loss]
 
 
 def measure(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     """One line per block, then one of the run that they add up to."""
     both = Both(case, device)
     whole = {f"{kind}_{way}": 0.0 for kind in ("outer", "learning") for way in _WAYS}
+    on_gpu = device.type == "cuda"
     tensors = dict.fromkeys(_WAYS, 0)
     common = {"model": case.name, "batch": case.batch, "validation": case.validation}
     for block, data in both.walk():
         compared = case.network is not None and not block.is_edge
-        difference = both.gradient_difference(block, data) if compared else None
+        difference = both.difference(block, data) if compared else None
         found: dict[str, list[float]] = {name: [] for name in whole}
         for _ in range(_ROUNDS):
             for way in _WAYS:
-                held = _forget_peak(device)
+                held = _forget_peak(device) if on_gpu else 0
                 found[f"learning_{way}"] += both.learning_seconds(way, block, data)
                 if not block.is_edge:
                     found[f"outer_{way}"] += both.outer_seconds(way, block, data)
-                tensors[way] = max(tensors[way], _peak(device) - held)
+                if on_gpu:
+                    tensors[way] = max(tensors[way], _peak(device) - held)
         seconds = {name: median(values) for name, values in found.items() if values}
         for name, value in seconds.items():
             whole[name] += value
-        yield {**common, "block": block.name, **_rounded(seconds), "gradient_difference": difference}
+        yield {**common, "block": block.name, **_rounded(seconds), "difference": difference}
     yield {
         **common,
         "block": None,
         "outer_steps": _PUBLISHED_OUTER_STEPS,
         "iterations": both.schedule.iterations,
         **_rounded(whole),
-        "replayed": device.type == "cuda" and GraphedStep.possible,
-        "memory_mib": tensors if device.type == "cuda" else {way: _memory_apart(case, way) for way in _WAYS},
+        "replayed": on_gpu and GraphedStep.possible,
+        "memory_mib": tensors if on_gpu else {way: _memory_apart(case, way) for way in _WAYS},
     }
 
 
@@ -269,14 +296,17 @@ def main() -> None:
     """Measure every case, or one way's memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", help="this network alone, printed and not kept")
-    parser.add_argument("--way", choices=_WAYS, help="print the memory of this way alone")
+    parser.add_argument("--way", choices=_WAYS, help="print the memory of this way alone; wants --case")
     arguments = parser.parse_args()
     device, lines = pick_device("auto"), []
+    names = [case.name for case in _CASES[device.type]]
+    if arguments.case not in (None, *names) or (arguments.way and not arguments.case):
+        parser.error(f"--case: {' or '.join(names)}")
     cases = [c for c in _CASES[device.type] if arguments.case in (None, c.name)]
+    keep_freed_memory()
     if arguments.way:
         print(memory(cases[0], arguments.way, device))
         return
-    keep_freed_memory()
     for case in cases:
         for line in measure(case, device):
             lines.append({**line, "machine": machine()})

@@ -239,6 +239,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metaaug-terms": tables_metaaug.terms,
     "metaaug-mobilenet": tables_metaaug.mobilenet,
     "metaaug-speed": tables_metaaug.speed,
+    "metaaug-runs": tables_metaaug.speed_of_runs,
     "metaaug-gpu": tables_metaaug.gpu,
     "data-free-resnet20": lambda: tables_calibration.data_free("resnet20"),
     "data-free-mobilenet-128": lambda: tables_calibration.data_free("mobilenet_v1_075 at 128 px"),

@@ -7,8 +7,9 @@ from itertools import product
 from math import sqrt
 from statistics import mean, stdev
 
-from metaaug import FIXED
 from tables_common import Record, markdown, records, spread
+
+from metaaug_cli.recipe.augment_kinds import OPERATION_NAMES
 
 _BASE = "genie"
 _ITERATIONS, _SHORT, _LONG = 500, 200, 2_000
@@ -145,7 +146,7 @@ def fixed_kinds() -> str:
     """Every fixed augmentation by default, the most helpful first."""
     wanted = _BY_DEFAULT | {"bits": "w2a2", "num": 32}
     base = _by_set(_BASE, **wanted)
-    found = {kind: _by_set(kind, **wanted) for kind in (*FIXED, "pool", "policy")}
+    found = {kind: _by_set(kind, **wanted) for kind in (*OPERATION_NAMES, "pool", "policy")}
     gains = {
         kind: mean(r["onnxruntime"] - base[s]["onnxruntime"] for s, r in sets.items() if s in base)
         for kind, sets in found.items()
@@ -183,7 +184,9 @@ def _compared(variant: str, found: dict[int, Record], base: dict[int, Record]) -
 
 def ablation() -> str:
     """One change at a time."""
-    changed = dict.fromkeys(r["variant"] for r in records("metaaug") if r["variant"] not in (*_MAIN, *FIXED))
+    changed = dict.fromkeys(
+        r["variant"] for r in records("metaaug") if r["variant"] not in (*_MAIN, *OPERATION_NAMES)
+    )
     variants = (_BASE, "policy", "policy, validation off", "residual", *changed)
     return markdown(_HEADER, _rows(variants, **_FIRST | {"iterations": _SHORT}))
 
@@ -247,58 +250,64 @@ def terms() -> str:
     return markdown([*header, "steps that lower it", "T's distance", "top-1"], rows)
 
 
+_WAYS = ("ours", "obvious", "stopping")
+
+
 def speed() -> str:
-    """Outer steps, learning steps and what a run takes of both, ours and the obvious way."""
+    """Outer and learning steps, ours and in two obvious ways: means over the blocks."""
     rows = []
+    for blocks, run in _timed_cases():
+        for kind in ("outer", "learning"):
+            lines = [r for r in blocks if f"{kind}_ours" in r]
+            ours = mean(r[f"{kind}_ours"] for r in lines)
+            row = [run["model"], _computed_on(run), f"{run['batch']} / {run['validation']}", kind]
+            row.append(f"{1000 * ours:,.1f}")
+            for way in _WAYS[1:]:
+                row += _times(lines, kind, way)
+            rows.append(row)
+    header = ["network", "on", "images / validation", "step", "ms", "obvious, ms", "times ours"]
+    return markdown([*header, "stopping at the block, ms", "times ours"], rows)
+
+
+def _times(lines: list[Record], kind: str, way: str) -> list[str]:
+    if f"{kind}_{way}" not in lines[0]:
+        return ["", ""]
+    times = [r[f"{kind}_{way}"] / r[f"{kind}_ours"] for r in lines]
+    return [f"{1000 * mean(r[f'{kind}_{way}'] for r in lines):,.1f}", f"{min(times):.1f} to {max(times):.1f}"]
+
+
+def _timed_cases() -> list[tuple[list[Record], Record]]:
+    """The lines of every block of a network, and the one of its run."""
+    cases = []
     for name in ("meta_speed", "meta_speed_gpu"):
         found = records(name)
         for model in dict.fromkeys(r["model"] for r in found):
             lines = [r for r in found if r["model"] == model]
-            rows.append(
-                _speed_row([r for r in lines if r["block"]], next(r for r in lines if not r["block"]))
-            )
-    header = [
-        "network",
-        "on",
-        "images / validation",
-        "outer step",
-        "obvious",
-        "times, by block",
-        "learning step",
-    ]
-    header += [
-        "obvious",
-        "times, by block",
-        "a run",
-        "obvious",
-        "times",
-        "gradients differ by",
-        "MiB",
-        "obvious",
-    ]
-    return markdown(header, rows)
+            cases.append(([r for r in lines if r["block"]], next(r for r in lines if not r["block"])))
+    return cases
 
 
-def _speed_row(blocks: list[Record], run: Record) -> list[str]:
-    ways = ("ours", "obvious")
-    total = [run["outer_steps"] * run[f"outer_{w}"] + run["iterations"] * run[f"learning_{w}"] for w in ways]
-    kinds = []
-    for kind in ("outer", "learning"):
-        pairs = [[r[f"{kind}_{w}"] for w in ways] for r in blocks if f"{kind}_ours" in r]
-        times = [obvious / ours for ours, obvious in pairs]
-        means = [f"{1000 * mean(values):,.1f} ms" for values in zip(*pairs, strict=True)]
-        kinds += [*means, f"{min(times):.1f} to {max(times):.1f}"]
-    differences = [r["gradient_difference"] for r in blocks if r["gradient_difference"] is not None]
-    return [
-        run["model"],
-        _computed_on(run),
-        f"{run['batch']} / {run['validation']}",
-        *kinds,
-        *(f"{seconds / 60:,.1f} min" for seconds in total),
-        f"{total[1] / total[0]:.1f}",
-        f"{max(differences):.0e}" if differences else "",
-        *(f"{run['memory_mib'][w]:,}" for w in ways),
-    ]
+def speed_of_runs() -> str:
+    """What the steps add up to, how far the ways' results are apart, and their memory."""
+    rows = []
+    for blocks, run in _timed_cases():
+        ways = [w for w in _WAYS if f"outer_{w}" in run]
+        ours, *others = (
+            run["outer_steps"] * run[f"outer_{w}"] + run["iterations"] * run[f"learning_{w}"] for w in ways
+        )
+        shown = [f"{seconds / 60:,.1f} ({seconds / ours:.1f} times)" for seconds in others]
+        differences = [r.get("difference", r.get("gradient_difference")) for r in blocks]
+        known = [d for d in differences if d is not None]
+        rows.append(
+            [
+                *(run["model"], _computed_on(run), f"{ours / 60:,.1f}"),
+                *(shown + [""] * (len(_WAYS) - 1 - len(shown))),
+                f"{max(known):.0e}" if known else "",
+                " / ".join(f"{run['memory_mib'][w]:,}" for w in ways),
+            ]
+        )
+    header = ["network", "on", "a run, minutes", "obvious", "stopping at the block", "results differ by"]
+    return markdown([*header, "MiB: ours / obvious / stopping"], rows)
 
 
 def gpu() -> str:

@@ -39,16 +39,16 @@ def test_blocks_compute_the_same_on_both(name):
         assert torch.isfinite(here.module(images(4))).all(), "the network itself stays where it was"
 
 
-def test_learning_reaches_the_cpus_losses():
-    # From second-order rounding so few iterations have little left to learn.
-    settings = ("reconstruction.iterations=100", "reconstruction.start=nearest")
+@pytest.mark.parametrize("start", ["nearest", "second-order"])
+def test_learning_reaches_the_cpus_losses(start):
+    settings = ("reconstruction.iterations=100", f"reconstruction.start={start}")
     results = [run(*settings, device=device) for device in ("cpu", "cuda")]
     cpu, gpu = ([(h.loss_before, h.loss_after) for h in r.histories] for r in results)
     assert gpu[0][0] == pytest.approx(cpu[0][0], rel=0.02), "before anything random happened"
     for ours, theirs in zip(gpu, cpu, strict=True):
         assert ours == pytest.approx(theirs, rel=0.4)
-    learned = [h.loss_after / h.loss_before for h in results[1].histories[1:-1]]
-    assert max(learned) < 0.9
+    if start == "nearest":  # from second-order rounding so few iterations have little left to learn
+        assert max(h.loss_after / h.loss_before for h in results[1].histories[1:-1]) < 0.9
     x = calibration().images
     same = results[1].deployed(x).argmax(1) == results[0].deployed(x).argmax(1)
     assert float(same.float().mean()) > 0.8

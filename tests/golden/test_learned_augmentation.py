@@ -61,7 +61,7 @@ def test_a_run_with_an_augmenter_shows_it_for_every_block_it_learned_from(learne
         assert bool(history.augmentation) != block.is_edge
 
 
-def test_the_metrics_tell_a_block_that_learned_its_images_by_heart(learned):
+def test_the_metrics_hold_every_blocks_errors_by_image_set(learned):
     folder, result, _ = learned
     metrics = json.loads((folder / "metrics.json").read_text())["blocks"]
     assert metrics.keys() == set(BLOCKS)
