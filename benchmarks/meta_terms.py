@@ -1,9 +1,9 @@
 """What each term of the outer loss sends to T, by kind of inner step: ``python benchmarks/meta_terms.py``.
 
-ResNet-20, W2A2, 32 images, seed 0, 200 iterations. For every variant: means over blocks and recorded outer
-steps of the gradient norms at T's parameters and of L_val before and after the inner step; T's distance from
-the images after each block; top-1 in ONNX Runtime of the result. Finished variants are kept in
-benchmarks/results/meta_terms.jsonl and not repeated.
+ResNet-20, W2A2, 32 images, seed 0, 200 iterations. For every variant: means and medians over blocks and
+recorded outer steps of the gradient norms at T's parameters, means of L_val before and after the inner step;
+T's distance from the images after each block; top-1 in ONNX Runtime of the result. Finished variants are
+kept in benchmarks/results/meta_terms.jsonl and not repeated.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ VARIANTS: dict[str, list[str]] = {
     "policy, sgd step, published weights": ["metaaug.inner=sgd", *_RAW],
     "policy, preconditioned step, balanced": ["metaaug.inner=preconditioned"],
     "policy, balanced, validation off": ["metaaug.inner=preconditioned", "metaaug.val_weight=0"],
-    "unet as published": [*_UNET, "metaaug.inner=adam-fresh", *_RAW],
+    "unet, fresh Adam step, published weights and distance": [*_UNET, "metaaug.inner=adam-fresh", *_RAW],
     "unet, preconditioned step, balanced": ["metaaug.form=unet", "metaaug.inner=preconditioned"],
     "residual, preconditioned step, balanced": ["metaaug.form=residual", "metaaug.inner=preconditioned"],
     "residual, balanced, validation off": [
@@ -54,9 +54,10 @@ def measure(subject: Subject, settings: list[str]) -> dict[str, Any]:
         files = sorted((Path(folder) / "run" / "augmentation").glob("*.json"))
         taught = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     steps = [step for block in taught for step in block["records"]]
-    norms = zip(*(step["gradients"] for step in steps), strict=True)
+    norms = list(zip(*(step["gradients"] for step in steps), strict=True))
     return {
         **dict(zip(("validation", "margin", "preservation"), map(mean, norms), strict=True)),
+        "medians": [median(values) for values in norms],
         "l_val_before": mean(step["validation_before"] for step in steps),
         "l_val_after": mean(step["validation"] for step in steps),
         "lower": mean(step["validation"] < step["validation_before"] for step in steps),
