@@ -38,6 +38,7 @@ from common import (
 from data_free import stored_set
 
 from metaaug_cli.calibration.data import join_calibration_sets, load_calibration_set, save_calibration_set
+from metaaug_cli.recipe.config import load_recipe
 
 Key = dict[str, Any]
 _SETS = range(5)
@@ -297,13 +298,8 @@ FEW_VARIANTS = {
     _POLICY_FEW: [_LEARNED, *_LARGE],
     f"{_POLICY_FEW}, flip+crop on top": [f"{_LEARNED}+flip+crop", *_LARGE],
 }
-RELEASED = {
-    _RELEASED: [
-        _LEARNED,
-        *("metaaug.form=unet", "metaaug.base_width=64", "metaaug.warmup_steps=2000", "metaaug.steps=500"),
-        *("metaaug.distance=published", "metaaug.inner=adam-fresh", "metaaug.balance=false"),
-    ]
-}
+_AS_RELEASED = load_recipe("w2a2-metaaug-published").metaaug.model_dump()
+RELEASED = {_RELEASED: [_LEARNED, *(f"metaaug.{name}={value}" for name, value in _AS_RELEASED.items())]}
 _CHANGES = VARIANTS | ABLATION | FIXED | MOBILENET_VARIANTS | FEW_VARIANTS | RELEASED
 
 SUITES: dict[str, tuple[Callable[[], Subject], Callable[[], list[Key]]]] = {
